@@ -1,0 +1,1 @@
+"""Basalt: train, evaluate and serve your own LLaVA-style vision assistant."""
