@@ -1,0 +1,142 @@
+"""Starts every service, keeps each running, and stops them all: `make up`.
+
+Each service is a process group of its own with its log in `var/log`. One that ends is started again,
+after a pause that doubles while it keeps ending; the others are left alone.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import grpc
+import httpx
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from basalt import preflight
+from basalt.preflight import HOST, ROOT, VAR, port
+from basalt.supervisor import Service, StartError, say
+
+START_SECONDS = 300  # for all services to become healthy
+BASE_LM = Path(os.environ.get("BASALT_BASE_LM_DIR", ROOT / "var/base/smollm2-135m-instruct"))
+
+
+def answers(service: str, path: str) -> Callable[[], Awaitable[bool]]:
+    async def healthy() -> bool:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            with suppress(httpx.HTTPError):
+                return (await client.get(f"http://{HOST}:{port(service)}{path}", timeout=5)).is_success
+        return False
+
+    return healthy
+
+
+async def vision_serves() -> bool:
+    async with grpc.aio.insecure_channel(f"{HOST}:{port('vision')}") as channel:
+        with suppress(grpc.aio.AioRpcError):
+            check = health_pb2_grpc.HealthStub(channel).Check  # pyright: ignore[reportAttributeAccessIssue]
+            reply = await check(health_pb2.HealthCheckRequest(), timeout=5)
+            return reply.status == health_pb2.HealthCheckResponse.SERVING
+    return False
+
+
+HEALTH = {
+    "vision": vision_serves,
+    "llm": answers("llm", "/health"),
+    "gateway": answers("gateway", "/health"),
+    "ui": answers("ui", "/_stcore/health"),
+}
+
+
+def service_environment() -> dict[str, str]:
+    """The launcher's own environment, and where each service finds the others."""
+    return os.environ | {
+        "BASALT_VISION_ADDRESS": f"{HOST}:{port('vision')}",
+        "BASALT_LLM_URL": f"http://{HOST}:{port('llm')}",
+        "BASALT_GATEWAY_URL": f"http://{HOST}:{port('gateway')}",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+async def run() -> None:
+    """Starts everything and returns when it was asked to stop.
+
+    Raises:
+        StartError: a service ended, or was not healthy in time.
+    """
+    began = time.monotonic()
+    asked_to_stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, asked_to_stop.set)
+    services = [
+        Service(name, [sys.executable, "-m", f"services.{name}"], healthy, VAR / "log" / f"{name}.log")
+        for name, healthy in HEALTH.items()
+    ]
+    environment = service_environment()
+    running = [asyncio.create_task(service.keep_running(environment)) for service in services]
+    stopping = asyncio.create_task(asked_to_stop.wait())
+    ready = asyncio.ensure_future(asyncio.gather(*(service.ready.wait() for service in services)))
+    try:
+        await asyncio.wait([*running, stopping, ready], timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            say(f"Basalt is up after {time.monotonic() - began:.0f} s.{addresses()}")
+            await asyncio.wait([*running, stopping], return_when=asyncio.FIRST_COMPLETED)
+        elif not stopping.done() and not any(task.done() for task in running):
+            late = ", ".join(service.name for service in services if not service.ready.is_set())
+            raise StartError(f"not healthy after {START_SECONDS} s: {late}. Their logs are in {VAR / 'log'}")
+    finally:
+        say("Stopping")
+        ready.cancel()
+        stopping.cancel()
+        for task in running:
+            task.cancel()
+        ended = await asyncio.gather(*running, return_exceptions=True)
+    for result in ended:
+        if isinstance(result, Exception):
+            raise result
+
+
+def addresses() -> str:
+    gateway = f"http://{HOST}:{port('gateway')}"
+    return f"""
+
+  Chat page   http://{HOST}:{port("ui")}
+  OpenAI API  {gateway}/v1
+
+Try it:
+  curl {gateway}/v1/chat/completions -H 'Content-Type: application/json' -d '{{
+    "model": "basalt-tiny",
+    "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+
+Logs are in {VAR / "log"}. Ctrl-C, or `make down` elsewhere, stops everything.
+"""
+
+
+def prepare_base_lm() -> None:
+    if not (BASE_LM / "config.json").exists():
+        say(f"Preparing the base LM in {BASE_LM} (once)")
+        subprocess.run([sys.executable, "-m", "basalt.cli", "models", "prepare"], cwd=ROOT, check=True)
+
+
+def main() -> None:
+    mark = preflight.hold_running_mark()
+    if mark is None:
+        sys.exit(f"Basalt is already running (process {preflight.running_pid()}). `make down` stops it.")
+    with mark:
+        if problems := preflight.start_problems():
+            sys.exit("Basalt cannot start here:\n  - " + "\n  - ".join(problems))
+        (VAR / "log").mkdir(parents=True, exist_ok=True)
+        prepare_base_lm()
+        try:
+            asyncio.run(run())
+        except StartError as error:
+            sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
