@@ -48,7 +48,7 @@ def require_python():
         for minor in (13, 12, 11):
             newer = shutil.which("python3.%d" % minor)
             if newer and subprocess.call([newer, "-c", ""], stderr=subprocess.DEVNULL) == 0:
-                os.execv(newer, [newer, *sys.argv])
+                os.execv(newer, [newer] + sys.argv)
         sys.exit(
             "Basalt needs Python 3.11 or newer; %s is %d.%d. Install one, then: make PYTHON=/path/to/python3.11 ..."
             % (sys.executable, sys.version_info[0], sys.version_info[1])
