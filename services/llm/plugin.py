@@ -6,6 +6,7 @@ RENDERER = "basalt"  # the value of --tokenizer-mode
 def register() -> None:
     """Called by vLLM in the API server and in the engine. Safe to call again."""
     from vllm import ModelRegistry
+    from vllm.platforms import current_platform
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
 
@@ -16,3 +17,5 @@ def register() -> None:
     # A tokenizer mode names a tokenizer and a renderer: the ordinary Hugging Face tokenizer, and our renderer.
     TokenizerRegistry.tokenizers[RENDERER] = ("vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.renderers[RENDERER] = ("services.llm.renderer", "EmbeddingsRenderer")
+    if current_platform.is_cpu():
+        type(current_platform).get_punica_wrapper = classmethod(lambda cls: "services.llm.lora_cpu.GroupedLoRA")
