@@ -1,0 +1,101 @@
+"""From a conversation to token ids and labels, by one rendering of the chat template.
+
+`<image>` is expanded here, before the model, to exactly the tower's visual tokens. Labels stand on the
+assistant's text and its end token only: the template marks them with `{% generation %}`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from basalt.data.readers import PLACEHOLDER
+
+IGNORE = -100  # cross_entropy's own mark for "no label"
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of one conversation; `labels[i]` is `ids[i]` where it is to be learned, else `IGNORE`."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+class Tokenizer:
+    """A base LM's tokenizer with the assistant's chat template and the expansion of `<image>`.
+
+    Args:
+        image_token_id: stands at every visual token's position. Its embedding is never looked up.
+        visual_tokens: per image.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, template: str, image_token_id: int, visual_tokens: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.image_token_id = image_token_id
+        self.visual_tokens = visual_tokens
+
+    def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Ids of a conversation up to where the assistant is to speak."""
+        rendered, _ = self._render(messages, generation_prompt=True)
+        return [token for token, _, _ in self._tokens(rendered, _images(messages))]
+
+    def sample(self, messages: list[dict[str, Any]]) -> Sample:
+        """Ids and labels of a conversation to learn from.
+
+        Raises:
+            ValueError: placeholders and images do not match, or the template marks no assistant text.
+        """
+        rendered, spans = self._render(messages, generation_prompt=False)
+        if not spans:
+            raise ValueError("nothing to learn: no assistant turn, or a chat template without {% generation %}")
+        ids, labels = [], []
+        for token, start, end in self._tokens(rendered, _images(messages)):
+            supervised = any(low <= start and end <= high for low, high in spans) and start < end
+            ids.append(token)
+            labels.append(token if supervised else IGNORE)
+        return Sample(ids, labels)
+
+    def _render(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+        rendered, spans = render_jinja_template(
+            [messages],
+            chat_template=self.template,
+            return_assistant_tokens_mask=not generation_prompt,
+            add_generation_prompt=generation_prompt,
+            **self.tokenizer.special_tokens_map,
+        )
+        return rendered[0], [] if generation_prompt else spans[0]
+
+    def _tokens(self, rendered: str, images: int) -> list[tuple[int, int, int]]:
+        """(id, start, end) with offsets into `rendered`; a visual token covers no characters."""
+        found = rendered.count(PLACEHOLDER)
+        if found != images:
+            raise ValueError(
+                f"the conversation has {images} images but its text renders to {found} {PLACEHOLDER} placeholders"
+            )
+        tokens: list[tuple[int, int, int]] = []
+        offset = 0
+        for number, text in enumerate(rendered.split(PLACEHOLDER)):
+            if number:
+                tokens += [(self.image_token_id, offset, offset)] * self.visual_tokens
+                offset += len(PLACEHOLDER)
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            spans = encoded["offset_mapping"]
+            tokens += [
+                (token, offset + start, offset + end)
+                for token, (start, end) in zip(encoded["input_ids"], spans, strict=True)
+            ]
+            offset += len(text)
+        return tokens
+
+
+def _images(messages: list[dict[str, Any]]) -> int:
+    parts = [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+    return sum(part["type"] == "image" for part in parts)

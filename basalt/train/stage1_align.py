@@ -1,0 +1,20 @@
+"""Stage 1, alignment: the projector alone learns to speak the base LM's language, on captions.
+
+LLaVA-1.5's recipe (Liu et al. 2023): tower and LM frozen, lr 1e-3, cosine, warm-up 3 %.
+"""
+
+from pathlib import Path
+
+from basalt.model.multimodal_llama import MultimodalLlama
+from basalt.train.loop import MasterAdamW, Run, named
+from basalt.train.recipe import Recipe, RecipeError
+
+
+def train_stage1(recipe: Recipe, directory: Path) -> None:
+    """Trains the projector and leaves it in `directory/checkpoint.pt`."""
+    if recipe.lora or recipe.start:
+        raise RecipeError("stage 1 trains a fresh projector alone: `lora` and `start` belong to stage 2")
+    run = Run(recipe, directory)
+    model = MultimodalLlama(None, run.projector, run.lm, recipe.image_token_id)
+    projector = named(run.projector.named_parameters())
+    run.train(model, MasterAdamW([(projector, recipe.projector_learning_rate)], recipe.weight_decay))
