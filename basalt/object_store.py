@@ -1,0 +1,262 @@
+"""Where images and everything large live: a directory, or a bucket of any S3 server (MinIO).
+
+Keys are paths of plain names (`images/sha256/<hex>`); values are whole objects, written at once. Only
+portable S3 is used: put, get, stat.
+"""
+
+import asyncio
+import io
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+import urllib3
+from minio import Minio
+from minio.error import MinioException, S3Error
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MAX_KEY_LENGTH = 512  # characters
+# No segment begins with a dot: neither `..` nor the directory of unfinished writes can be named.
+_KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_IMAGE_ID = re.compile(r"sha256:[0-9a-f]{64}")
+_IMAGE_PREFIX = "images/sha256/"
+
+
+class StoreError(Exception):
+    """The store did not do what was asked. The tree: StoreError ← ObjectNotFound, InvalidKey, StoreUnavailable."""
+
+
+class ObjectNotFound(StoreError):
+    """No object under this key."""
+
+
+class InvalidKey(StoreError, ValueError):
+    """The key is not a path of plain names."""
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be reached, refuses us, or is full."""
+
+
+class ObjectStore(Protocol):
+    """Whole objects by key. Every method may raise InvalidKey and StoreUnavailable."""
+
+    async def put(self, key: str, data: bytes) -> None:
+        """Writes the whole object, or nothing. An object of the same key is replaced."""
+        ...
+
+    async def get(self, key: str) -> bytes:
+        """The whole object.
+
+        Raises:
+            ObjectNotFound: there is none.
+        """
+        ...
+
+    async def exists(self, key: str) -> bool: ...
+
+
+class DirectoryStore:
+    """Objects as files under one directory, each put in place by a rename."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    async def put(self, key: str, data: bytes) -> None:
+        await asyncio.to_thread(self._put, self._path(key), data)
+
+    async def get(self, key: str) -> bytes:
+        return await asyncio.to_thread(self._get, self._path(key))
+
+    async def exists(self, key: str) -> bool:
+        return await asyncio.to_thread(self._path(key).is_file)
+
+    def _path(self, key: str) -> Path:
+        return self.root / check_key(key)
+
+    def _put(self, path: Path, data: bytes) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = self.root / ".unfinished"
+            unfinished.mkdir(exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=unfinished)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(data)
+                Path(name).replace(path)
+            except BaseException:
+                Path(name).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise StoreUnavailable(f"the object store {self.root} cannot be written: {error.strerror}") from error
+
+    def _get(self, path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ObjectNotFound(f"no object {path.relative_to(self.root)}") from None
+        except OSError as error:
+            raise StoreUnavailable(f"the object store {self.root} cannot be read: {error.strerror}") from error
+
+
+class MinioStore:
+    """Objects in one bucket of an S3 server. The bucket must be there."""
+
+    def __init__(self, client: Minio, bucket: str) -> None:
+        self.client = client
+        self.bucket = bucket
+
+    async def put(self, key: str, data: bytes) -> None:
+        await asyncio.to_thread(self._put, check_key(key), data)
+
+    async def get(self, key: str) -> bytes:
+        return await asyncio.to_thread(self._get, check_key(key))
+
+    async def exists(self, key: str) -> bool:
+        return await asyncio.to_thread(self._exists, check_key(key))
+
+    def _put(self, key: str, data: bytes) -> None:
+        try:
+            self.client.put_object(self.bucket, key, io.BytesIO(data), len(data))
+        except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._unavailable(error) from error
+
+    def _get(self, key: str) -> bytes:
+        try:
+            response = self.client.get_object(self.bucket, key)
+            try:
+                return response.read()
+            finally:
+                response.close()
+                response.release_conn()
+        except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+            if _is_missing(error):
+                raise ObjectNotFound(f"no object {key}") from None
+            raise self._unavailable(error) from error
+
+    def _exists(self, key: str) -> bool:
+        try:
+            self.client.stat_object(self.bucket, key)
+        except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+            if _is_missing(error):
+                return False
+            raise self._unavailable(error) from error
+        return True
+
+    def _unavailable(self, error: Exception) -> StoreUnavailable:
+        why = error.code if isinstance(error, S3Error) else "it cannot be reached"
+        return StoreUnavailable(f"the object store's bucket {self.bucket}: {why}")
+
+
+class StoreSettings(BaseSettings):
+    """The settings every service that reads or writes objects shares; service settings inherit them."""
+
+    model_config = SettingsConfigDict(extra="ignore")
+
+    store: str = Field(
+        default="var/objects", validation_alias="BASALT_STORE"
+    )  # a directory, file:///directory or s3://bucket
+    s3_endpoint: str | None = Field(default=None, validation_alias="BASALT_S3_ENDPOINT")  # http(s)://host:port
+    s3_access_key: str | None = Field(default=None, validation_alias="BASALT_S3_ACCESS_KEY")
+    s3_secret_key: SecretStr | None = Field(default=None, validation_alias="BASALT_S3_SECRET_KEY")
+    s3_region: str = Field(default="us-east-1", validation_alias="BASALT_S3_REGION")
+
+    def open_store(self) -> ObjectStore:
+        """The object store these settings name.
+
+        Raises:
+            ValueError: they name none.
+        """
+        return open_object_store(
+            self.store,
+            endpoint=self.s3_endpoint,
+            access_key=self.s3_access_key,
+            secret_key=self.s3_secret_key.get_secret_value() if self.s3_secret_key else None,
+            region=self.s3_region,
+        )
+
+
+def open_object_store(
+    url: str,
+    *,
+    endpoint: str | None = None,
+    access_key: str | None = None,
+    secret_key: str | None = None,
+    region: str = "us-east-1",
+) -> ObjectStore:
+    """A directory (a path or `file:///absolute/path`), or `s3://bucket` at `endpoint`.
+
+    Raises:
+        ValueError: the URL is of another kind, or the endpoint is missing or no http(s) URL.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        return _open_s3(parts.netloc, endpoint, access_key, secret_key, region)
+    if parts.scheme == "file":
+        if parts.netloc or not parts.path.startswith("/"):
+            raise ValueError(f"BASALT_STORE {url!r}: a file URL is written file:///absolute/directory")
+        return DirectoryStore(Path(unquote(parts.path)))
+    if "://" in url or not url:
+        raise ValueError(f"BASALT_STORE {url!r}: give a directory, file:///directory or s3://bucket")
+    return DirectoryStore(Path(url))
+
+
+def image_key(image_id: str) -> str:
+    """`sha256:<hex>` → the key under which that image's original bytes are stored."""
+    if not _IMAGE_ID.fullmatch(image_id):
+        raise InvalidKey(f"{image_id!r} is no image id: it is written sha256:<64 hex digits>")
+    return _IMAGE_PREFIX + image_id.removeprefix("sha256:")
+
+
+def image_id_of_key(key: str) -> str:
+    """The inverse of `image_key`.
+
+    Raises:
+        InvalidKey: the key is not an image's.
+    """
+    image_id = "sha256:" + key.removeprefix(_IMAGE_PREFIX)
+    if not key.startswith(_IMAGE_PREFIX) or not _IMAGE_ID.fullmatch(image_id):
+        raise InvalidKey(f"{key[:100]!r} is no image's key: it is written {_IMAGE_PREFIX}<64 hex digits>")
+    return image_id
+
+
+def check_key(key: str) -> str:
+    """The key itself.
+
+    Raises:
+        InvalidKey: it is not a path of plain names.
+    """
+    if len(key) > MAX_KEY_LENGTH or not _KEY.fullmatch(key):
+        raise InvalidKey(
+            f"{key[:100]!r} is not a key: a key is names of letters, digits, '.', '_' and '-', joined by '/', "
+            f"none beginning with '.', at most {MAX_KEY_LENGTH} characters"
+        )
+    return key
+
+
+def _open_s3(
+    bucket: str, endpoint: str | None, access_key: str | None, secret_key: str | None, region: str
+) -> MinioStore:
+    server = urlsplit(endpoint or "")
+    if server.scheme not in ("http", "https") or not server.netloc or server.path not in ("", "/"):
+        raise ValueError(f"BASALT_S3_ENDPOINT {endpoint!r}: s3://{bucket} needs it, written http(s)://host:port")
+    client = Minio(
+        server.netloc,
+        access_key=access_key,
+        secret_key=secret_key,
+        secure=server.scheme == "https",
+        region=region,
+        # The SDK's own default waits five minutes for a dead server.
+        http_client=urllib3.PoolManager(
+            timeout=urllib3.Timeout(connect=2, read=20), retries=urllib3.Retry(2, backoff_factor=0.2), maxsize=16
+        ),
+    )
+    return MinioStore(client, bucket)
+
+
+def _is_missing(error: Exception) -> bool:
+    return isinstance(error, S3Error) and error.code == "NoSuchKey"

@@ -1,0 +1,55 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class EmbedRequest(_message.Message):
+    __slots__ = ("assistant", "image_bytes", "object_key")
+    ASSISTANT_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OBJECT_KEY_FIELD_NUMBER: _ClassVar[int]
+    assistant: str
+    image_bytes: bytes
+    object_key: str
+    def __init__(self, assistant: _Optional[str] = ..., image_bytes: _Optional[bytes] = ..., object_key: _Optional[str] = ...) -> None: ...
+
+class EmbedResponse(_message.Message):
+    __slots__ = ("data", "shape", "dtype", "digest", "image_id", "cache_hit")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    CACHE_HIT_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    dtype: str
+    digest: str
+    image_id: str
+    cache_hit: bool
+    def __init__(self, data: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., digest: _Optional[str] = ..., image_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ...) -> None: ...
+
+class ListAssistantsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListAssistantsResponse(_message.Message):
+    __slots__ = ("assistants",)
+    ASSISTANTS_FIELD_NUMBER: _ClassVar[int]
+    assistants: _containers.RepeatedCompositeFieldContainer[AssistantInfo]
+    def __init__(self, assistants: _Optional[_Iterable[_Union[AssistantInfo, _Mapping]]] = ...) -> None: ...
+
+class AssistantInfo(_message.Message):
+    __slots__ = ("name", "version", "tokens", "lm_dim")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LM_DIM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    version: str
+    tokens: int
+    lm_dim: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., tokens: _Optional[int] = ..., lm_dim: _Optional[int] = ...) -> None: ...

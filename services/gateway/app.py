@@ -1,0 +1,128 @@
+"""The gateway's HTTP face. `python -m services.gateway`"""
+
+import asyncio
+import logging
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from pydantic import ValidationError
+
+from basalt.object_store import ObjectStore
+from basalt.rpc.vision.v1.vision_pb2 import AssistantInfo
+from services.gateway import errors
+from services.gateway.chat import Services, complete
+from services.gateway.fetch import Fetcher
+from services.gateway.images import ImageIntake
+from services.gateway.llm_client import LLMClient
+from services.gateway.settings import Settings
+from services.gateway.vision_client import VisionClient
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application; its connections live as long as its lifespan.
+
+    Raises:
+        ValueError: the settings name no object store.
+    """
+    store = settings.open_store()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.services = services = open_services(settings, store)
+        yield
+        await services.close()
+
+    app = FastAPI(title="Basalt", summary="An OpenAI-compatible gateway to your vision assistants", lifespan=lifespan)
+    errors.install(app)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await complete(request, app.state.services)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(a) for a in await app.state.services.vision.assistants()]}
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> dict[str, Any]:
+        vision: VisionClient = app.state.services.vision
+        found = {assistant.name: assistant for assistant in await vision.assistants()}
+        await vision.check_model(name)
+        return _model(found[name])
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """This process is alive."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> dict[str, str]:
+        """The services a request needs are there."""
+        services: Services = app.state.services
+        vision, llm = await asyncio.gather(services.vision.ready(), services.llm.ready())
+        missing = [name for name, ready in (("vision", vision), ("llm", llm)) if not ready]
+        if missing:
+            raise errors.APIError(
+                503, f"not ready: no {' and no '.join(missing)}", type="server_error", code="not_ready"
+            )
+        return {"status": "ready"}
+
+    return app
+
+
+def open_services(settings: Settings, store: ObjectStore) -> Services:
+    """Must be called inside the event loop."""
+    fetcher = Fetcher(
+        max_bytes=settings.max_image_bytes,
+        connect_seconds=settings.fetch_connect_seconds,
+        total_seconds=settings.fetch_seconds,
+        private_hosts=settings.allow_private_hosts,
+    )
+    return Services(
+        settings,
+        ImageIntake(fetcher, store, max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
+        VisionClient(settings.vision_address, settings.embed_seconds),
+        LLMClient(settings.llm_url, settings.llm_seconds),
+    )
+
+
+def main() -> None:
+    """Exit code 2: could not start."""
+    logging.basicConfig(level=logging.WARNING, format="basalt gateway: %(message)s", stream=sys.stderr)
+    try:
+        settings = Settings()
+        app = create_app(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        sys.exit(_refuse(f"setting {'.'.join(map(str, problem['loc']))}: {problem['msg']}"))
+    except ValueError as error:
+        sys.exit(_refuse(str(error)))
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=settings.drain_seconds,
+    )
+
+
+def _model(assistant: AssistantInfo) -> dict[str, Any]:
+    """OpenAI's model object. `created` is required by it and not known of an assistant."""
+    return {
+        "id": assistant.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "basalt",
+        "version": assistant.version,
+        "image_tokens": assistant.tokens,
+    }
+
+
+def _refuse(line: str) -> int:
+    print(f"basalt gateway: {line}", file=sys.stderr, flush=True)
+    return 2

@@ -1,0 +1,114 @@
+"""The LLM service: vLLM's OpenAI server, over HTTP."""
+
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+from fastapi import Response
+from fastapi.responses import StreamingResponse
+from starlette.background import BackgroundTask
+
+from services.gateway.errors import APIError, failed, timed_out, unavailable
+
+log = logging.getLogger("basalt.gateway")
+
+CONNECT_SECONDS = 5.0
+
+
+class LLMClient:
+    """`close` at the end. Connections that break are made anew by the next request."""
+
+    def __init__(self, url: str, silence_seconds: float) -> None:
+        self._silence_seconds = silence_seconds
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            timeout=httpx.Timeout(CONNECT_SECONDS, read=silence_seconds, write=30.0),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def ready(self) -> bool:
+        try:
+            return (await self._http.get("/health", timeout=CONNECT_SECONDS)).is_success
+        except httpx.HTTPError:
+            return False
+
+    async def chat(self, body: bytes) -> Response:
+        """The service's answer: its JSON, or its event stream byte for byte as it comes.
+
+        Raises:
+            APIError: what the service refused (its own 4xx); 502, 503, 504.
+        """
+        headers = {"Content-Type": "application/json"}
+        request = self._http.build_request("POST", "/v1/chat/completions", content=body, headers=headers)
+        try:
+            upstream = await self._http.send(request, stream=True)
+            if upstream.is_success and upstream.headers.get("content-type", "").startswith("text/event-stream"):
+                return self._stream(upstream)
+            try:
+                content = await upstream.aread()
+            finally:
+                await upstream.aclose()
+        except httpx.HTTPError as error:
+            raise self._told(error) from None
+        if upstream.is_success:
+            return Response(content, media_type="application/json")
+        raise _refusal(upstream.status_code, content)
+
+    def _stream(self, upstream: httpx.Response) -> StreamingResponse:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(
+            self._events(upstream),
+            media_type="text/event-stream",
+            headers=headers,
+            background=BackgroundTask(upstream.aclose),  # where the client went before the first event
+        )
+
+    async def _events(self, upstream: httpx.Response) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in upstream.aiter_raw():
+                yield chunk
+        except httpx.HTTPError as error:  # the status is sent already: what happened is told as an event
+            yield b"\n\ndata: " + json.dumps(self._told(error).body()).encode() + b"\n\ndata: [DONE]\n\n"
+        finally:
+            await upstream.aclose()
+
+    def _told(self, error: httpx.HTTPError) -> APIError:
+        log.warning("llm: %s: %s", type(error).__name__, error)
+        if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
+            return timed_out("llm", self._silence_seconds)
+        return unavailable("llm")
+
+
+def _refusal(status: int, content: bytes) -> APIError:
+    """vLLM's own refusal in OpenAI's shape; anything else it may say stays in our log."""
+    error = _error_of(content)
+    if status == 503:
+        return unavailable("llm")
+    if error is None or status not in (400, 404, 413, 422, 429):
+        log.error("llm: status %d: %s", status, content[:500])
+        return failed("llm")
+    message = str(error["message"])
+    code = error.get("code")
+    too_long = "maximum context length" in message or "maximum model length" in message
+    return APIError(
+        status,
+        message,
+        type=str(error.get("type") or "invalid_request_error"),
+        param=None if error.get("param") is None else str(error["param"]),
+        code="context_length_exceeded" if too_long else code if isinstance(code, str) else None,
+    )
+
+
+def _error_of(content: bytes) -> dict[str, Any] | None:
+    try:
+        body = json.loads(content)
+    except ValueError:
+        return None
+    error = body.get("error") if isinstance(body, dict) else None
+    return error if isinstance(error, dict) and "message" in error else None

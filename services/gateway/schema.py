@@ -1,0 +1,120 @@
+"""The chat request as far as the gateway must understand it; the LLM service checks the rest."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from services.gateway.errors import bad_request
+
+PART_TYPES = ("text", "image_url", "refusal")
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """Where a request shows an image: `messages[i].content[j]`."""
+
+    url: str
+    param: str  # its place in the body, for error messages
+    content: list[Any]
+    index: int
+
+    def replace(self, part: dict[str, Any]) -> None:
+        self.content[self.index] = part
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """`body` is the client's, whole; replacing an image part changes it."""
+
+    body: dict[str, Any]
+    model: str
+    images: list[ImagePart]
+
+    def encode(self) -> bytes:
+        return json.dumps(self.body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def parse_chat(raw: bytes, max_images: int) -> ChatRequest:
+    """Reads and checks a chat request.
+
+    Raises:
+        APIError: (400) what is wrong, where, and what would be right.
+    """
+    body = _parse_json(raw)
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise bad_request("'model' must be the name of an assistant; GET /v1/models lists them", "model")
+    embeds = next((key for key in body if key.endswith("_embeds")), None)
+    if embeds is not None:
+        raise bad_request(f"'{embeds}' is not accepted: send images as image_url parts", embeds, "unsupported_value")
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise bad_request("'messages' must be a list of at least one message", "messages")
+    images = [image for index, message in enumerate(messages) for image in _images(message, f"messages[{index}]")]
+    if len(images) > max_images:
+        raise bad_request(
+            f"the request has {len(images)} images, at most {max_images} are allowed in all its messages together",
+            "messages",
+            "too_many_images",
+        )
+    return ChatRequest(body, model, images)
+
+
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(raw, parse_constant=_no_constant)
+        # What UTF-8 cannot hold cannot be sent on; what is nested too deeply to be written neither.
+        json.dumps(body, ensure_ascii=False).encode()
+    except RecursionError:
+        raise bad_request("the body is nested too deeply", code="invalid_json") from None
+    except UnicodeEncodeError:
+        raise bad_request(
+            "the body holds half of a surrogate pair (\\ud800 to \\udfff alone)", code="invalid_json"
+        ) from None
+    except UnicodeDecodeError:
+        raise bad_request("the body is not UTF-8", code="invalid_json") from None
+    except json.JSONDecodeError as error:
+        raise bad_request(
+            f"the body is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}", code="invalid_json"
+        ) from None
+    except ValueError as error:
+        raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise bad_request("the body must be a JSON object with 'model' and 'messages'", code="invalid_json")
+    return body
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _images(message: Any, where: str) -> list[ImagePart]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise bad_request(f"'{where}' must be an object with 'role' and 'content'", where)
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return []
+    if not isinstance(content, list):
+        raise bad_request(f"'{where}.content' must be a string or a list of parts", f"{where}.content")
+    parts = [_image(content, index, f"{where}.content[{index}]") for index in range(len(content))]
+    return [part for part in parts if part is not None]
+
+
+def _image(content: list[Any], index: int, where: str) -> ImagePart | None:
+    part = content[index]
+    if not isinstance(part, dict) or part.get("type") not in PART_TYPES:
+        kind = part.get("type") if isinstance(part, dict) else part
+        raise bad_request(
+            f"'{where}' must be a text or image_url part; {str(kind)[:40]!r} is not accepted",
+            where,
+            "unsupported_value",
+        )
+    if part["type"] != "image_url":
+        return None
+    image_url = part.get("image_url")
+    url = image_url.get("url") if isinstance(image_url, dict) else None
+    if not isinstance(url, str) or not url:
+        raise bad_request(
+            f"'{where}.image_url' must be an object {{\"url\": …}} with an http(s) or data: URL", f"{where}.image_url"
+        )
+    return ImagePart(url, f"{where}.image_url.url", content, index)

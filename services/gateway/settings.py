@@ -1,0 +1,43 @@
+"""The gateway's settings, from the environment."""
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import NoDecode, SettingsConfigDict
+
+from basalt.data.images import MAX_PIXELS
+from basalt.object_store import StoreSettings
+
+MEBI = 1024 * 1024
+
+
+class Settings(StoreSettings):
+    model_config = SettingsConfigDict(env_prefix="BASALT_GATEWAY_", extra="ignore")
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=1, le=65535)
+    vision_address: str = Field(default="127.0.0.1:50051", validation_alias="BASALT_VISION_ADDRESS")
+    llm_url: str = Field(default="http://127.0.0.1:8000", validation_alias="BASALT_LLM_URL")
+
+    max_request_bytes: int = Field(default=32 * MEBI, ge=1)
+    max_images: int = Field(default=8, ge=0)  # in one request, earlier turns included
+    max_image_bytes: int = Field(default=10 * MEBI, ge=1)
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+
+    # Hosts, as written in URLs, whose images are fetched although their addresses are private. For development.
+    allow_private_hosts: Annotated[frozenset[str], NoDecode] = frozenset()
+    fetch_connect_seconds: float = Field(default=5, gt=0)
+    fetch_seconds: float = Field(default=15, gt=0)  # for one image URL, redirects included
+
+    body_seconds: float = Field(default=60, gt=0)  # for a client to send its request
+    embed_seconds: float = Field(default=30, gt=0)  # for the vision service to answer
+    llm_seconds: float = Field(default=300, gt=0)  # of silence from the LLM service
+    drain_seconds: int = Field(default=20, ge=0)  # that SIGTERM leaves to running answers
+
+    @field_validator("allow_private_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        """A comma-separated list."""
+        if isinstance(value, str):
+            return frozenset(host.strip().lower() for host in value.split(",") if host.strip())
+        return value

@@ -1,0 +1,155 @@
+"""The vision service, over gRPC. The channel reconnects by itself when the service comes back."""
+
+import base64
+import json
+import logging
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from basalt.rpc.vision.v1 import vision_pb2, vision_pb2_grpc
+from services.gateway.errors import APIError, bad_request, failed, timed_out, unavailable
+from services.gateway.images import StoredImage
+
+log = logging.getLogger("basalt.gateway")
+
+SERVICE = vision_pb2.DESCRIPTOR.services_by_name["Vision"].full_name
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one image's visual tokens: 729 × 4096 float32 are 12 MB
+LIST_SECONDS = 5.0  # for calls that compute nothing
+SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.lb_policy_name", "round_robin"),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What the vision service made of one image: `data` is row-major `shape` [tokens, lm_dim] of `dtype`."""
+
+    data: bytes
+    shape: tuple[int, int]
+    dtype: str
+    digest: str
+
+    def part(self) -> dict[str, Any]:
+        """The content part that stands in the request where the image stood."""
+        encoded = base64.b64encode(self.safetensors()).decode()
+        return {"type": "image_embeds", "image_embeds": encoded, "uuid": self.digest}
+
+    def safetensors(self) -> bytes:
+        """One tensor, `embeddings`, in safetensors' framing: header length, JSON header, data. Written here
+        because the library's own writer takes memory addresses of tensors, and the gateway has none."""
+        tensor = {
+            "dtype": SAFETENSORS_DTYPES[self.dtype],
+            "shape": self.shape,
+            "data_offsets": [0, len(self.data)],
+        }
+        header = json.dumps({"embeddings": tensor}, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        return struct.pack("<Q", len(header)) + header + self.data
+
+
+class VisionClient:
+    """Make and use inside one event loop; `close` at the end."""
+
+    def __init__(self, address: str, embed_seconds: float) -> None:
+        self._embed_seconds = embed_seconds
+        self._channel = grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+        self._stub = vision_pb2_grpc.VisionStub(self._channel)
+        self._check_health = health_pb2_grpc.HealthStub(self._channel).Check  # pyright: ignore[reportAttributeAccessIssue]
+        self._known: dict[str, vision_pb2.AssistantInfo] = {}
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def ready(self) -> bool:
+        try:
+            request = health_pb2.HealthCheckRequest(service=SERVICE)
+            answer = await self._check_health(request, timeout=LIST_SECONDS)
+        except grpc.aio.AioRpcError:
+            return False
+        return answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    async def assistants(self) -> list[vision_pb2.AssistantInfo]:
+        """The assistants being served.
+
+        Raises:
+            APIError: 503, 504.
+        """
+        try:
+            answer = await self._stub.ListAssistants(vision_pb2.ListAssistantsRequest(), timeout=LIST_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise _told(error, LIST_SECONDS) from None
+        self._known = {assistant.name: assistant for assistant in answer.assistants}
+        return list(answer.assistants)
+
+    async def check_model(self, name: str) -> None:
+        """Asks the service only about a name it has not told before, so text-only chat lives on without it.
+
+        Raises:
+            APIError: 404 no such assistant; 503, 504.
+        """
+        if name not in self._known:
+            await self.assistants()
+        if name not in self._known:
+            raise self._unknown(name)
+
+    async def embed(self, model: str, image: StoredImage, param: str) -> VisualTokens:
+        """The visual tokens of an image for an assistant.
+
+        Raises:
+            APIError: 400 not decodable, 404 no such assistant, 502, 503, 504.
+        """
+        by_key = vision_pb2.EmbedRequest(assistant=model, object_key=image.key)
+        by_bytes = vision_pb2.EmbedRequest(assistant=model, image_bytes=image.data)
+        try:
+            try:
+                answer = await self._stub.Embed(by_key, timeout=self._embed_seconds)
+            except grpc.aio.AioRpcError as error:
+                if error.code() != grpc.StatusCode.NOT_FOUND:
+                    raise
+                # The service may have another object store than ours; the bytes serve as well.
+                answer = await self._stub.Embed(by_bytes, timeout=self._embed_seconds)
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
+                raise bad_request(error.details() or "the image cannot be used", param, "invalid_image") from None
+            if error.code() == grpc.StatusCode.NOT_FOUND:
+                self._known.pop(model, None)
+                raise self._unknown(model) from None
+            raise _told(error, self._embed_seconds) from None
+        if answer.dtype not in SAFETENSORS_DTYPES or len(answer.shape) != 2:
+            log.error("vision answered with dtype %r and shape %s", answer.dtype, answer.shape)
+            raise failed("vision")
+        return VisualTokens(answer.data, (answer.shape[0], answer.shape[1]), answer.dtype, answer.digest)
+
+    def _unknown(self, name: str) -> APIError:
+        known = ", ".join(sorted(self._known)) or "none"
+        return bad_request(
+            f"there is no model {name[:100]!r}; there are: {known}", "model", "model_not_found", status=404
+        )
+
+
+def _told(error: grpc.aio.AioRpcError, seconds: float) -> APIError:
+    """What a client is told; what happened goes to the log."""
+    log.warning("vision: %s: %s", error.code().name, error.details())
+    match error.code():
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
+            return unavailable("vision")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return unavailable("vision", "has too much to do")
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return timed_out("vision", seconds)
+        case _:
+            return failed("vision")

@@ -1,0 +1,182 @@
+"""The gRPC face of the vision service. `python -m services.vision`"""
+
+import asyncio
+import logging
+import signal
+import sys
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from pydantic import ValidationError
+
+from basalt.assistants import AssistantError, load_assistants
+from basalt.data.images import ImageError
+from basalt.object_store import InvalidKey, ObjectNotFound, StoreUnavailable
+from basalt.rpc.vision.v1 import vision_pb2, vision_pb2_grpc
+from services.vision.embedder import Embedder, Embedding, QueueFull, UnknownAssistant
+from services.vision.settings import Settings
+
+log = logging.getLogger("basalt.vision")
+
+SERVICE = vision_pb2.DESCRIPTOR.services_by_name["Vision"].full_name
+MAX_RESPONSE_BYTES = 64 * 1024 * 1024  # of one image's visual tokens: 729 × 4096 float32 are 12 MB
+
+STATUS = {
+    ImageError: grpc.StatusCode.INVALID_ARGUMENT,
+    InvalidKey: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownAssistant: grpc.StatusCode.NOT_FOUND,
+    ObjectNotFound: grpc.StatusCode.NOT_FOUND,
+    QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
+    TimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+
+
+class StartError(Exception):
+    """What is missing or does not fit, in one line."""
+
+
+class VisionServicer(vision_pb2_grpc.VisionServicer):
+    """The contract of `proto/basalt/rpc/vision/v1/vision.proto` over an `Embedder`."""
+
+    def __init__(self, embedder: Embedder, max_seconds: float) -> None:
+        self._embedder = embedder
+        self._max_seconds = max_seconds
+
+    async def Embed(
+        self, request: vision_pb2.EmbedRequest, context: grpc.aio.ServicerContext
+    ) -> vision_pb2.EmbedResponse:
+        remaining = context.time_remaining()
+        try:
+            # Past its deadline a request is cancelled, and what is cancelled is taken out of the queue.
+            async with asyncio.timeout(self._max_seconds if remaining is None else remaining):
+                embedding = await self._embed(request)
+        except tuple(STATUS) as error:
+            status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
+            await context.abort(status, str(error) or "the deadline passed before the image was embedded")
+        return vision_pb2.EmbedResponse(
+            data=embedding.data,
+            shape=embedding.shape,
+            dtype=embedding.dtype,
+            digest=embedding.digest,
+            image_id=embedding.image_id,
+            cache_hit=embedding.cache_hit,
+        )
+
+    async def ListAssistants(
+        self, request: vision_pb2.ListAssistantsRequest, context: grpc.aio.ServicerContext
+    ) -> vision_pb2.ListAssistantsResponse:
+        return vision_pb2.ListAssistantsResponse(
+            assistants=[
+                vision_pb2.AssistantInfo(
+                    name=name,
+                    version=assistant.version,
+                    tokens=assistant.manifest.tower.tokens,
+                    lm_dim=assistant.manifest.base_lm.lm_dim,
+                )
+                for name, assistant in sorted(self._embedder.assistants.items())
+            ]
+        )
+
+    async def _embed(self, request: vision_pb2.EmbedRequest) -> Embedding:
+        match request.WhichOneof("image"):
+            case "image_bytes":
+                return await self._embedder.embed_bytes(request.assistant, request.image_bytes)
+            case "object_key":
+                return await self._embedder.embed_object(request.assistant, request.object_key)
+            case _:
+                raise ImageError("the request has no image: set image_bytes or object_key")
+
+
+class VisionServer:
+    """The listening server: start, then stop with a drain."""
+
+    def __init__(self, embedder: Embedder, settings: Settings) -> None:
+        self._embedder = embedder
+        self._settings = settings
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", settings.max_image_bytes + 64 * 1024),
+                ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+                ("grpc.so_reuseport", 0),  # else a second server on the same port would start unnoticed
+                # Clients' keepalive pings are welcome; by default they would be answered with GOAWAY.
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                # So that clients look for new replicas now and then.
+                ("grpc.max_connection_age_ms", 30 * 60 * 1000),
+                ("grpc.max_connection_age_grace_ms", int(settings.max_seconds * 1000)),
+            ]
+        )
+        vision_pb2_grpc.add_VisionServicer_to_server(VisionServicer(embedder, settings.max_seconds), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+
+    async def start(self) -> int:
+        """Listens and serves; returns the port.
+
+        Raises:
+            StartError: the port is taken.
+        """
+        address = f"{self._settings.host}:{self._settings.port}"
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError:
+            raise StartError(f"cannot listen on {address}: is the port taken? Set BASALT_VISION_PORT") from None
+        await self._server.start()
+        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        return port
+
+    async def stop(self) -> None:
+        """NOT_SERVING first, no new requests, then up to `drain_seconds` for the running ones."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(self._settings.drain_seconds)
+        self._embedder.close()
+
+
+def load(settings: Settings) -> Embedder:
+    """All assistants of the models directory.
+
+    Raises:
+        StartError: there is none, or something of them is missing or does not fit.
+    """
+    try:
+        assistants = load_assistants(settings.models_dir)
+        if not assistants:
+            raise StartError(
+                f"no assistant in {settings.models_dir.resolve()}: set BASALT_MODELS_DIR to a directory of them"
+            )
+        return Embedder.load(assistants, settings.open_store(), settings)
+    except (AssistantError, ValueError, OSError) as error:
+        raise StartError(str(error)) from error
+
+
+async def serve(settings: Settings) -> None:
+    """Runs until SIGTERM or SIGINT."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    torch.set_num_threads(settings.torch_threads)
+    embedder = await asyncio.to_thread(load, settings)
+    server = VisionServer(embedder, settings)
+    port = await server.start()
+    log.info("serving %s at %s:%d", ", ".join(sorted(embedder.assistants)), settings.host, port)
+    await stopping.wait()
+    log.info("stopping: finishing running requests")
+    await server.stop()
+
+
+def main() -> None:
+    """Exit code 2: could not start."""
+    logging.basicConfig(level=logging.INFO, format="basalt vision: %(message)s", stream=sys.stderr)
+    try:
+        asyncio.run(serve(Settings()))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        log.error("setting %s: %s", ".".join(map(str, problem["loc"])), problem["msg"])
+        sys.exit(2)
+    except StartError as error:
+        log.error("%s", error)
+        sys.exit(2)
