@@ -17,6 +17,8 @@ from basalt.data.preprocess import IGNORE
 from basalt.model.projector import Projector
 from basalt.model.vision_encoder import VisionEncoder
 
+HIDDEN = -3.0e4  # added to the scores of what must not be seen; finite, so that padding rows stay finite too
+
 
 class MultimodalLlama(nn.Module):
     """See the module's docstring.
@@ -106,9 +108,11 @@ class MultimodalLlama(nn.Module):
             features: `[len(batch.images), tokens, tower_dim]`, or None without images.
         """
         visual = self.project(features) if features is not None else None
+        embedded = self.embed(batch.ids, visual)
+        visible = batch.attention_mask()
         hidden = self.causal_lm.model(
-            inputs_embeds=self.embed(batch.ids, visual),
-            attention_mask=batch.attention_mask(),
+            inputs_embeds=embedded,
+            attention_mask=torch.zeros_like(visible, dtype=embedded.dtype).masked_fill_(~visible, HIDDEN),
             position_ids=batch.positions,
             use_cache=False,
         ).last_hidden_state

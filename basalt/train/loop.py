@@ -1,8 +1,11 @@
 """The training loop both stages share: steps, learning rates, checkpoints, and a line of figures as it goes."""
 
+import ctypes
 import json
 import math
 import os
+import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,8 +90,10 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "recipe.json").write_text(recipe.model_dump_json(indent=2))
         self.recipe, self.directory = recipe, directory
+        # Measured on two CPU cores with rows of 320 tokens: the plain product beats the fused CPU kernel's backward.
+        attention = "sdpa" if torch.cuda.is_available() else "eager"
         self.lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            recipe.base_lm, dtype=torch.bfloat16, attn_implementation="sdpa"
+            recipe.base_lm, dtype=torch.bfloat16, attn_implementation=attention
         ).requires_grad_(False)
         template = (TEMPLATES / recipe.chat_template).read_text()
         self.tokenizer = Tokenizer(
@@ -118,14 +123,13 @@ class Run:
             return []
         source = prepare(self.recipe.held_out, self.recipe, self.tokenizer)
         dealer = Dealer([source], self.recipe, pad_id=0)
-        import random
-
         rows = fill_rows(source.groups[:96], self.recipe.row_length, random.Random(0))
         size = self.recipe.rows_per_pass
         return [dealer.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
 
     def train(self, model: MultimodalLlama, optimizer: MasterAdamW) -> None:
         """Runs the recipe's steps, going on from this run's checkpoint if there is one."""
+        keep_freed_memory()
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         first = self._resume(trained, optimizer)
         log = (self.directory / "log.jsonl").open("a")
@@ -194,6 +198,15 @@ class Run:
         self.standardizer.load_state_dict(state["standardizer"])
         print(f"going on from step {state['step']}", flush=True)
         return state["step"]
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to reuse what is freed instead of handing it back: a step's many short-lived tensors otherwise
+    cost a page fault for every 4 KiB, some 15 % of a step on a CPU."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
 
 
 def named(parameters: Iterator[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:

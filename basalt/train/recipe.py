@@ -67,7 +67,7 @@ class Recipe(_Part):
     decay: float = Field(default=1.0, gt=0, le=1)  # last share of steps on the cosine; 1.0 is LLaVA-1.5's plain cosine
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
-    checkpoint_every: int = Field(default=200, gt=0)
+    checkpoint_every: int = Field(default=100, gt=0)
     seed: int = 0
     features: ExpandedPath = Path("var/features")  # cache of tower features
 

@@ -1,0 +1,391 @@
+"""Pictures drawn by the project with questions about them: emoji, coloured shapes, printed words, bar charts.
+
+What is in the picture, how many, which colour, where, is there one, what does it say: every answer is known
+because the picture was drawn from it. One row per question in LLaVA JSON, so that many share an image, with
+`kind` and `gold` beside it for scoring. The `test` split draws other layouts on other grounds, and a tenth
+of the words is kept for it.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from basalt.data.emoji import MASS, PLURAL_ONLY, indefinite, load_emoji, plural
+from basalt.data.readers import PLACEHOLDER
+
+Split = Literal["train", "test"]
+
+SIZE = 256  # pixels a side
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+COLOURS = {
+    "red": (220, 30, 35), "green": (30, 150, 55), "blue": (35, 75, 215), "yellow": (245, 210, 30),
+    "orange": (245, 130, 20), "purple": (130, 45, 165), "pink": (250, 130, 185), "brown": (125, 75, 35),
+    "black": (20, 20, 20), "white": (250, 250, 250),
+}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond")
+PLACES = {
+    "on the left": (0.22, 0.5), "on the right": (0.78, 0.5), "at the top": (0.5, 0.22),
+    "at the bottom": (0.5, 0.78), "in the middle": (0.5, 0.5),
+}  # fmt: skip
+
+ASK: dict[str, tuple[str, ...]] = {
+    "what": ("What is this?", "What is in the picture?", "What do you see?", "What is shown here?", "Name the object.",
+             "What can you see in this image?", "What object is this?", "What does the picture show?"),
+    "count": ("How many {plural} are there?", "How many {plural} do you see?", "Count the {plural}.",
+              "How many {plural} are in the picture?", "What is the number of {plural}?"),
+    "colour": ("What color is the {noun}?", "What colour is the {noun}?", "Which color is the {noun}?",
+               "Which colour does the {noun} have?", "Tell me the color of the {noun}."),
+    "where": ("Where is the {noun}?", "Where in the picture is the {noun}?", "In which part of the image is the {noun}?",
+              "Where do you see the {noun}?"),
+    "yesno": ("Is there {noun} in the picture?", "Is there {noun}?", "Do you see {noun}?", "Can you see {noun} here?",
+              "Does the image show {noun}?"),
+    "read": ("What does it say?", "What does the sign say?", "Read the text.", "What is written here?",
+             "What word is this?", "What is the word in the picture?", "Which word is printed here?"),
+    "spell": ("Spell the word.", "Spell what is written.", "Which letters are printed here?"),
+    "tallest": ("Which bar is the tallest?", "Which bar is the highest?", "What color is the tallest bar?"),
+    "shortest": ("Which bar is the shortest?", "Which bar is the lowest?", "What color is the shortest bar?"),
+    "caption": ("Describe the image.", "Describe the image.", "What do you see in this picture?"),
+}  # fmt: skip
+
+
+@dataclass
+class Scene:
+    """A picture and the questions asked about it: (kind, question, answer, gold)."""
+
+    image: Image.Image
+    questions: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Material:
+    """What scenes are drawn from."""
+
+    emoji: dict[str, list[Image.Image]]
+    fonts: list[Path]
+    words: list[str]
+
+
+def make_scenes(
+    out: Path, *, emoji: list[Path], fonts: list[Path], count: int, seed: int, split: Split = "train", workers: int = 2
+) -> Path:
+    """Draws `count` scenes into `out/images` and writes `out/scenes.json`.
+
+    Args:
+        emoji: unpacked emoji packages (see `basalt.data.emoji`).
+        fonts: TrueType or OpenType files for words.
+
+    Returns:
+        The path of the JSON. The same arguments give the same files.
+    """
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    draw = partial(_draw_one, out, tuple(emoji), tuple(fonts), seed, split)
+    with ProcessPoolExecutor(workers) as pool:
+        rows = [row for scene in pool.map(draw, range(count), chunksize=50) for row in scene]
+    target = out / "scenes.json"
+    target.write_text(json.dumps(rows))
+    return target
+
+
+def held_out_words() -> frozenset[str]:
+    """The words that no training scene shows: every tenth of the list."""
+    return frozenset(_words()[::10])
+
+
+@cache
+def _words() -> list[str]:
+    return (Path(__file__).parent / "words.txt").read_text().split()
+
+
+@cache
+def _material(emoji: tuple[Path, ...], fonts: tuple[Path, ...], split: Split) -> Material:
+    words = [word for word in _words() if split == "test" or word not in held_out_words()]
+    return Material(load_emoji(list(emoji)), list(fonts), words)
+
+
+def _draw_one(
+    out: Path, emoji: tuple[Path, ...], fonts: tuple[Path, ...], seed: int, split: Split, number: int
+) -> list[dict[str, str | list[dict[str, str]]]]:
+    rng = random.Random(f"{seed}/{split}/{number}")
+    material = _material(emoji, fonts, split)
+    kinds: list[Callable[[Material, Split, random.Random], Scene]] = [word, thing, group, pair, shapes, chart]
+    scene = rng.choices(kinds, weights=(30, 17, 20, 13, 13, 7))[0](material, split, rng)
+    name = f"images/{split}-{seed}-{number:06d}.jpg"
+    scene.image.save(out / name, quality=90)
+    return [
+        {
+            "id": f"{split}-{seed}-{number:06d}-{index}",
+            "image": name,
+            "kind": kind,
+            "gold": gold,
+            "conversations": [
+                {"from": "human", "value": f"{PLACEHOLDER}\n{question}"},
+                {"from": "gpt", "value": answer},
+            ],
+        }
+        for index, (kind, question, answer, gold) in enumerate(scene.questions)
+    ]
+
+
+def word(material: Material, split: Split, rng: random.Random) -> Scene:
+    """One printed word, as a sign or plain."""
+    held_out = held_out_words()
+    text = rng.choice(material.words)
+    if split == "test" and rng.random() < 0.5:
+        text = rng.choice(sorted(held_out))
+    drawn = rng.choices((text.upper(), text, text.capitalize()), weights=(5, 3, 2))[0]
+    paper, ink = _contrasting(rng)
+    image = _ground(split, rng, paper if rng.random() < 0.6 else None)
+    font = ImageFont.truetype(rng.choice(material.fonts), rng.randint(44, 96))
+    left, top, right, bottom = font.getbbox(drawn)
+    label = Image.new("RGBA", (int(right - left) + 24, int(bottom - top) + 20), (*COLOURS[paper], 255))
+    ImageDraw.Draw(label).text((12 - left, 10 - top), drawn, font=font, fill=COLOURS[ink])
+    label = label.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC, expand=True)
+    scale = min(1.0, rng.uniform(200, 250) / label.width, 200 / label.height)
+    label = label.resize((max(1, round(label.width * scale)), max(1, round(label.height * scale))), Image.Resampling.LANCZOS)
+    _paste(image, label, rng.random(), rng.random())
+    scene = Scene(image)
+    _ask(scene, rng, "read", f'It says "{drawn}".', text)
+    if split == "train":
+        _ask(scene, rng, "spell", "-".join(drawn), text)
+        if rng.random() < 0.3:
+            _ask(scene, rng, "caption", f'The word "{drawn}" in {ink} letters on {paper}.', text)
+    _ask(scene, rng, "yesno", *_yes_no(rng, None, [], material), noun=None)
+    return scene
+
+
+def thing(material: Material, split: Split, rng: random.Random) -> Scene:
+    """One thing, large."""
+    noun, picture = _thing(material, rng)
+    image = _ground(split, rng)
+    _place(image, picture, rng.randint(90, 220), rng.random(), rng.random(), rng)
+    scene = Scene(image)
+    _ask(scene, rng, "what", indefinite(noun), noun)
+    _ask(scene, rng, "caption", f"A picture of {indefinite(noun)}.", noun)
+    _ask(scene, rng, "yesno", *_yes_no(rng, noun, [noun], material), noun=None)
+    if rng.random() < 0.4 and _countable(noun):
+        _ask(scene, rng, "count", NUMBERS[1], NUMBERS[1], noun=noun)
+    return scene
+
+
+def group(material: Material, split: Split, rng: random.Random) -> Scene:
+    """One to five of a kind, sometimes with one other thing among them."""
+    noun, _ = _thing(material, rng, countable=True)
+    picture = rng.choice(material.emoji[noun])
+    number = rng.randint(1, 5)
+    other = _thing(material, rng, besides=noun, countable=True) if rng.random() < 0.3 else None
+    image = _ground(split, rng)
+    size = rng.randint(44, 74)
+    cells = _cells(number + (other is not None), split, rng)
+    for x, y in cells[:number]:
+        _place(image, picture, size + rng.randint(-5, 5), x, y, rng)
+    nouns = [noun]
+    if other:
+        _place(image, other[1], size, *cells[number], rng)
+        nouns.append(other[0])
+    scene = Scene(image)
+    _ask(scene, rng, "count", NUMBERS[number], NUMBERS[number], noun=noun)
+    _ask(scene, rng, "yesno", *_yes_no(rng, rng.choice(nouns), nouns, material), noun=None)
+    things = indefinite(noun) if number == 1 else f"{NUMBERS[number]} {plural(noun)}"
+    _ask(scene, rng, "caption", f"A picture of {things}{f' and {indefinite(other[0])}' if other else ''}.", noun)
+    return scene
+
+
+def pair(material: Material, split: Split, rng: random.Random) -> Scene:
+    """Two or three different things in different places."""
+    image = _ground(split, rng)
+    number = rng.randint(2, 3)
+    rows = rng.random() < 0.4 and number == 2
+    slots = ["at the top", "at the bottom"] if rows else ["on the left", "on the right"]
+    places = [*slots, "in the middle"] if number == 3 else slots
+    nouns: list[str] = []
+    for place in places:
+        noun, picture = _thing(material, rng, besides=nouns[-1] if nouns else None)
+        while noun in nouns:
+            noun, picture = _thing(material, rng)
+        nouns.append(noun)
+        x, y = PLACES[place]
+        jitter = 0.06 if split == "train" else 0.1
+        if not rows:
+            y += rng.uniform(-0.25, 0.25) if number == 2 else 0.0
+        _place(image, picture, rng.randint(60, 84), x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter), rng)
+    scene = Scene(image)
+    for noun, place in rng.sample(list(zip(nouns, places, strict=True)), 2):
+        _ask(scene, rng, "where", place, place.split()[-1], noun=noun)
+    _ask(scene, rng, "yesno", *_yes_no(rng, rng.choice(nouns), nouns, material), noun=None)
+    listed = " and ".join(indefinite(noun) for noun in nouns)
+    _ask(scene, rng, "caption", f"A picture of {listed}.", nouns[0])
+    return scene
+
+
+def shapes(material: Material, split: Split, rng: random.Random) -> Scene:
+    """One to three coloured shapes."""
+    ground = rng.choice(["white", "black", "grey"])
+    image = _ground(split, rng, ground)
+    kinds = rng.sample(SHAPES, rng.randint(1, 3))
+    colours = rng.sample([colour for colour in COLOURS if colour != ground], len(kinds))
+    cells = _cells(len(kinds), split, rng)
+    size = rng.randint(60, 90) if len(kinds) > 1 else rng.randint(80, 150)
+    for kind, colour, (x, y) in zip(kinds, colours, cells, strict=True):
+        _place(image, shape(kind, COLOURS[colour]), size, x, y, rng, turn=8)
+    scene = Scene(image)
+    for kind, colour in zip(kinds, colours, strict=True):
+        _ask(scene, rng, "colour", colour, colour, noun=kind)
+    if len(kinds) == 1:
+        _ask(scene, rng, "what", indefinite(f"{colours[0]} {kinds[0]}"), kinds[0])
+    present = rng.random() < 0.5
+    asked = rng.choice(kinds) if present else rng.choice([kind for kind in SHAPES if kind not in kinds])
+    answer = "yes" if present else "no"
+    _ask(scene, rng, "yesno", answer, answer, noun=f"a {asked}")
+    listed = " and ".join(indefinite(f"{colour} {kind}") for colour, kind in zip(colours, kinds, strict=True))
+    _ask(scene, rng, "caption", f"A picture of {listed}.", kinds[0])
+    return scene
+
+
+def chart(material: Material, split: Split, rng: random.Random) -> Scene:
+    """Two to five coloured bars of different heights."""
+    image = _ground(split, rng, "white")
+    draw = ImageDraw.Draw(image)
+    number = rng.randint(2, 5)
+    colours = rng.sample([colour for colour in COLOURS if colour != "white"], number)
+    heights = rng.sample(range(30, 201, 26), number)
+    pitch = 220 / number
+    gap = rng.uniform(0.15, 0.4) if split == "train" else rng.uniform(0.2, 0.5)
+    draw.line([(14, 226), (242, 226)], fill=(60, 60, 60), width=3)
+    for index, (colour, height) in enumerate(zip(colours, heights, strict=True)):
+        left = 18 + index * pitch + pitch * gap / 2
+        draw.rectangle((left, 225 - height, left + pitch * (1 - gap), 225), fill=COLOURS[colour])
+    scene = Scene(image)
+    tallest, shortest = colours[heights.index(max(heights))], colours[heights.index(min(heights))]
+    _ask(scene, rng, "tallest", f"the {tallest} bar", tallest, kind_as="chart")
+    _ask(scene, rng, "shortest", f"the {shortest} bar", shortest, kind_as="chart")
+    _ask(scene, rng, "count", NUMBERS[number], NUMBERS[number], noun="bar", kind_as="chart")
+    _ask(scene, rng, "caption", f"A bar chart with {NUMBERS[number]} bars. The {tallest} bar is the tallest.", tallest)
+    return scene
+
+
+def shape(kind: str, colour: tuple[int, int, int]) -> Image.Image:
+    """A filled shape, RGBA, 256 px."""
+    big = Image.new("RGBA", (256, 256))
+    draw = ImageDraw.Draw(big)
+    star = [(128, 4), (158, 94), (252, 94), (176, 150), (205, 240), (128, 184), (51, 240), (80, 150), (4, 94), (98, 94)]
+    match kind:
+        case "circle":
+            draw.ellipse((4, 4, 252, 252), fill=colour)
+        case "square":
+            draw.rectangle((10, 10, 246, 246), fill=colour)
+        case "triangle":
+            draw.polygon([(128, 8), (250, 244), (6, 244)], fill=colour)
+        case "star":
+            draw.polygon(star, fill=colour)
+        case "diamond":
+            draw.polygon([(128, 4), (224, 128), (128, 252), (32, 128)], fill=colour)
+        case "heart":
+            draw.ellipse((12, 24, 136, 148), fill=colour)
+            draw.ellipse((120, 24, 244, 148), fill=colour)
+            draw.polygon([(20, 112), (236, 112), (128, 246)], fill=colour)
+        case _:
+            raise ValueError(f"no shape {kind!r}")
+    return big
+
+
+def _ask(
+    scene: Scene, rng: random.Random, kind: str, answer: str, gold: str, *, noun: str | None = None, kind_as: str | None = None
+) -> None:
+    """Adds a question in one of its phrasings. For yes/no the noun stands in `gold` after a colon until here."""
+    question = rng.choice(ASK[kind])
+    if kind == "yesno" and noun is None:
+        gold, _, noun = gold.partition(":")
+    if noun is not None:
+        question = question.format(noun=noun, plural=plural(noun))
+    scene.questions.append((kind_as or kind, question, answer, gold))
+
+
+def _yes_no(rng: random.Random, present: str | None, all_present: list[str], material: Material) -> tuple[str, str]:
+    """An answer, and gold with the noun asked for; absent nouns are as likely as present ones."""
+    if present is not None and rng.random() < 0.5:
+        return "yes", f"yes:{indefinite(present)}"
+    if present is None and rng.random() < 0.5:
+        return "yes", f"yes:{rng.choice(['a word', 'text', 'some writing'])}"
+    absent = rng.choice([noun for noun in material.emoji if noun not in all_present])
+    return "no", f"no:{indefinite(absent)}"
+
+
+def _countable(noun: str) -> bool:
+    return noun not in MASS and noun not in PLURAL_ONLY
+
+
+def _thing(
+    material: Material, rng: random.Random, *, besides: str | None = None, countable: bool = False
+) -> tuple[str, Image.Image]:
+    nouns = [noun for noun in material.emoji if noun != besides and (not countable or _countable(noun))]
+    noun = rng.choice(nouns)
+    return noun, rng.choice(material.emoji[noun])
+
+
+def _contrasting(rng: random.Random) -> tuple[str, str]:
+    light, dark = ("white", "yellow", "pink"), ("black", "blue", "red", "green", "purple", "brown")
+    pair_ = rng.choice(light), rng.choice(dark)
+    return pair_ if rng.random() < 0.6 else (pair_[1], pair_[0])
+
+
+def _ground(split: Split, rng: random.Random, colour: str | None = None) -> Image.Image:
+    """Plain or shaded in training; stripes and blurred noise are kept for the test."""
+    if colour is not None:
+        base = (128, 128, 128) if colour == "grey" else COLOURS[colour]
+        return Image.new("RGB", (SIZE, SIZE), tuple(max(0, min(255, value + rng.randint(-10, 10))) for value in base))
+    soft = tuple(rng.randint(120, 255) for _ in range(3))
+    image = Image.new("RGB", (SIZE, SIZE), soft)
+    other = tuple(max(0, min(255, value + rng.randint(-60, 60))) for value in soft)
+    if split == "test" and rng.random() < 0.5:
+        draw = ImageDraw.Draw(image)
+        step = rng.randint(24, 48)
+        for x in range(0, SIZE, 2 * step):
+            draw.rectangle((x, 0, x + step - 1, SIZE), fill=other)
+        return image
+    if rng.random() < 0.5:
+        shade = Image.linear_gradient("L").resize((SIZE, SIZE)).rotate(rng.choice((0, 90, 180, 270)))
+        image = Image.composite(Image.new("RGB", (SIZE, SIZE), other), image, shade)
+    elif rng.random() < 0.3:
+        noise = Image.effect_noise((SIZE, SIZE), 60).filter(ImageFilter.GaussianBlur(3))
+        image = Image.blend(image, noise.convert("RGB"), 0.25)
+    return image
+
+
+def _cells(number: int, split: Split, rng: random.Random) -> list[tuple[float, float]]:
+    """Places that do not overlap: cells of a 3 × 3 grid in training, a ring or a row in the test's half."""
+    if split == "test" and number <= 3 and rng.random() < 0.5:
+        places = [((index + 0.5) / number, rng.uniform(0.35, 0.65)) for index in range(number)]
+    else:
+        grid = [(column, row) for column in range(3) for row in range(3)]
+        wobble = 0.04 if split == "train" else 0.05
+        places = [
+            ((column + 0.5) / 3 + rng.uniform(-wobble, wobble), (row + 0.5) / 3 + rng.uniform(-wobble, wobble))
+            for column, row in rng.sample(grid, number)
+        ]
+    rng.shuffle(places)
+    return places
+
+
+def _place(
+    image: Image.Image, picture: Image.Image, size: int, x: float, y: float, rng: random.Random, *, turn: float = 15
+) -> None:
+    """Pastes a picture with its middle at (x, y) of the image, turned a little, kept inside."""
+    scale = size / max(picture.size)
+    small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS)
+    if rng.random() < 0.5:
+        small = small.rotate(rng.uniform(-turn, turn), Image.Resampling.BICUBIC, expand=True)
+    left = min(max(round(x * SIZE - small.width / 2), 0), max(SIZE - small.width, 0))
+    top = min(max(round(y * SIZE - small.height / 2), 0), max(SIZE - small.height, 0))
+    image.paste(small, (left, top), small)
+
+
+def _paste(image: Image.Image, label: Image.Image, x: float, y: float) -> None:
+    """Pastes a label at the share (x, y) of the room around it."""
+    image.paste(label, (round(x * max(SIZE - label.width, 0)), round(y * max(SIZE - label.height, 0))), label)
