@@ -78,6 +78,7 @@ class EmbeddingsConnector(MediaConnector):
 
     def __init__(self, spec: EmbeddingsSpec, **connector_options: object) -> None:
         """`connector_options` are what vLLM passes to every connector; they concern fetching, so they go unused."""
+        super().__init__()
         self.spec = spec
 
     def fetch_image_embedding(self, data: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ the image's uuid (so the prefix cache covers them and what follows), and the mod
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import BatchFeature
@@ -99,7 +100,7 @@ class _TakesEmbeddings:
 
     embed_input_ids = SupportsMultiModal.embed_input_ids
 
-    def get_language_model(self) -> LlamaModel | Qwen2Model:
+    def get_language_model(self) -> Any:
         return self.model
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
@@ -116,12 +117,12 @@ _takes_embeddings = MULTIMODAL_REGISTRY.register_processor(
 
 
 @_takes_embeddings
-class BasaltLlamaForCausalLM(_TakesEmbeddings, LlamaForCausalLM, SupportsMultiModal):
+class BasaltLlamaForCausalLM(_TakesEmbeddings, LlamaForCausalLM, SupportsMultiModal):  # pyright: ignore[reportIncompatibleMethodOverride]
     pass
 
 
 @_takes_embeddings
-class BasaltQwen2ForCausalLM(_TakesEmbeddings, Qwen2ForCausalLM, SupportsMultiModal):
+class BasaltQwen2ForCausalLM(_TakesEmbeddings, Qwen2ForCausalLM, SupportsMultiModal):  # pyright: ignore[reportIncompatibleMethodOverride]
     pass
 
 

@@ -18,4 +18,5 @@ def register() -> None:
     TokenizerRegistry.tokenizers[RENDERER] = ("vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.renderers[RENDERER] = ("services.llm.renderer", "EmbeddingsRenderer")
     if current_platform.is_cpu():
-        type(current_platform).get_punica_wrapper = classmethod(lambda cls: "services.llm.lora_cpu.GroupedLoRA")
+        grouped = classmethod(lambda platform: "services.llm.lora_cpu.GroupedLoRA")
+        type(current_platform).get_punica_wrapper = grouped  # pyright: ignore[reportAttributeAccessIssue]

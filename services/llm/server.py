@@ -79,7 +79,9 @@ def fitting_assistants(settings: Settings, base_lm: BaseLM) -> list[Assistant]:
     """
     assistants = list(load_assistants(settings.models_dir).values())
     if not assistants:
-        raise StartError(f"no assistant in {settings.models_dir.resolve()}: set BASALT_MODELS_DIR to a directory of them")
+        raise StartError(
+            f"no assistant in {settings.models_dir.resolve()}: set BASALT_MODELS_DIR to a directory of them"
+        )
     for assistant in assistants:
         spec = assistant.manifest.base_lm
         if spec.lm_dim != base_lm.lm_dim:
@@ -121,6 +123,7 @@ def vllm_arguments(settings: Settings, base_lm: BaseLM, assistants: list[Assista
         "limit-mm-per-prompt": json.dumps({"image": 0}),
         "mm-processor-cache-gb": "0",
         "shutdown-timeout": str(settings.drain_seconds),
+        "middleware": "services.llm.paths.OpenPaths",
         "uvicorn-log-level": "warning",
     }
     flags = [
@@ -171,6 +174,7 @@ def serve(arguments: list[str]) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    assert args is not None
     validate_parsed_serve_args(args)
     uvloop.run(run_server(args))
 

@@ -11,15 +11,15 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BASALT_LLM_", extra="ignore")
 
     host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
-    models_dir: Path = Field(Path("models"), validation_alias="BASALT_MODELS_DIR")
-    base_lm_dir: Path = Field(Path("var/base/smollm2-135m-instruct"), validation_alias="BASALT_BASE_LM_DIR")
+    port: int = Field(default=8000, ge=1, le=65535)
+    models_dir: Path = Field(default=Path("models"), validation_alias="BASALT_MODELS_DIR")
+    base_lm_dir: Path = Field(default=Path("var/base/smollm2-135m-instruct"), validation_alias="BASALT_BASE_LM_DIR")
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    max_model_len: int | None = Field(None, ge=1)  # tokens; the assistants' own context where not given
-    kv_cache_gib: int = Field(1, ge=1)  # on a CPU
-    max_sequences: int = Field(32, ge=1)  # answered at the same time
-    max_batch_tokens: int = Field(2048, ge=1)  # in one engine step
-    max_loras: int = Field(8, ge=1)  # different LoRAs in one batch
-    drain_seconds: int = Field(20, ge=0)  # that SIGTERM leaves to running answers
+    max_model_len: int | None = Field(default=None, ge=1)  # tokens; the assistants' own context where not given
+    kv_cache_gib: int = Field(default=1, ge=1)  # on a CPU
+    max_sequences: int = Field(default=32, ge=1)  # answered at the same time
+    max_batch_tokens: int = Field(default=2048, ge=1)  # in one engine step
+    max_loras: int = Field(default=8, ge=1)  # different LoRAs in one batch
+    drain_seconds: int = Field(default=20, ge=0)  # that SIGTERM leaves to running answers
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"  # of vLLM

@@ -35,7 +35,9 @@ LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 SYSTEM = "You look at pictures and answer in one sentence."
 TEMPLATE = """\
 {%- for message in messages %}
-{%- if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\n""" + SYSTEM + """<|im_end|>\n' }}{% endif %}
+{%- if loop.first and message['role'] != 'system' %}
+{{- '<|im_start|>system\n' }}SYSTEM{{ '<|im_end|>\n' }}
+{%- endif %}
 {{- '<|im_start|>' + message['role'] + '\n' }}
 {%- if message['content'] is string %}{{ message['content'] }}
 {%- else %}
@@ -45,7 +47,7 @@ TEMPLATE = """\
 {%- endif %}
 {{- '<|im_end|>\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""".replace("SYSTEM", SYSTEM)
 
 Prompt = Sequence[str | torch.Tensor]  # texts and images' embeddings, in order
 

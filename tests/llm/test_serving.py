@@ -135,7 +135,9 @@ def test_image_written_as_text_is_text(service: Service, model: str) -> None:
 
     alone = service.ask(model, text)
     assert token_ids(alone) == service.reference(model, [text])
-    beside = service.ask(model, [{"type": "text", "text": text}, image_part(embeddings), {"type": "text", "text": text}])
+    beside = service.ask(
+        model, [{"type": "text", "text": text}, image_part(embeddings), {"type": "text", "text": text}]
+    )
     assert token_ids(beside) == service.reference(model, [text, embeddings, text])
 
 
@@ -175,7 +177,10 @@ BAD_PARTS = {
     "no uuid": ({k: v for k, v in GOOD.items() if k != "uuid"}, "uuid"),
     "no data": ({k: v for k, v in GOOD.items() if k != "image_embeds"}, "image_embeds"),
     "a URL": ({"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x.png"}}, "image_embeds"),
-    "a URL with a uuid": ({"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/"}, "uuid": "x"}, "image_embeds"),
+    "a URL with a uuid": (
+        {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/"}, "uuid": "x"},
+        "image_embeds",
+    ),
     "a URL in disguise": (GOOD | {"image_url": "http://127.0.0.1:1/x.png"}, "image_url"),
     "a URL without a type": ({"image_url": "file:///etc/passwd"}, "image_embeds"),
     "a data URL": ({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}, "image_embeds"),
@@ -183,7 +188,10 @@ BAD_PARTS = {
     "a video": ({"type": "video_url", "video_url": {"url": "http://127.0.0.1:1/x.mp4"}}, "image_embeds"),
     "audio embeddings": ({"type": "audio_embeds", "audio_embeds": "gASVAAAA"}, "image_embeds"),
     "prompt embeddings": ({"type": "prompt_embeds", "data": "gASVAAAA"}, "image_embeds"),
-    "a text with a uuid and a URL": ({"type": "text", "text": "x", "uuid": "x", "image_url": "http://127.0.0.1:1/"}, "text"),
+    "a text with a uuid and a URL": (
+        {"type": "text", "text": "x", "uuid": "x", "image_url": "http://127.0.0.1:1/"},
+        "text",
+    ),
     "no such type": ({"type": "hologram"}, "image_embeds"),
 }
 
@@ -232,3 +240,10 @@ def test_unknown_assistant_is_a_404(service: Service) -> None:
 def test_models_are_the_assistants(service: Service) -> None:
     names = {model["id"] for model in httpx.get(f"{service.url}/v1/models").json()["data"]}
     assert names >= {"plain", "red", "blue"}
+
+
+@pytest.mark.parametrize("path", ["/inference/v1/generate", "/v1/load_lora_adapter", "/v1/responses", "/nowhere"])
+def test_other_paths_are_closed(service: Service, path: str) -> None:
+    response = service.post({"model": "red", "token_ids": [1, 2, 3]}, path)
+    assert response.status_code == 404
+    assert response.json()["error"]["type"] == "NotFoundError"
