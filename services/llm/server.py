@@ -16,6 +16,7 @@ from basalt.assistants import Assistant, AssistantError, load_assistants
 from services.llm.settings import Settings
 
 ARCHITECTURES = {"LlamaForCausalLM": "BasaltLlamaForCausalLM", "Qwen2ForCausalLM": "BasaltQwen2ForCausalLM"}
+HTTP_CLOSE_SECONDS = 5  # after the drain
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 # Never the embedding layer: vLLM would wrap it, and image positions have no token to look up there.
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -176,7 +177,8 @@ def serve(arguments: list[str]) -> None:
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
     assert args is not None
     validate_parsed_serve_args(args)
-    uvloop.run(run_server(args))
+    # Left out, a client whose answer outlived the drain would keep the process alive.
+    uvloop.run(run_server(args, timeout_graceful_shutdown=HTTP_CLOSE_SECONDS))
 
 
 def _say(line: str) -> None:
