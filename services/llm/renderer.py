@@ -114,7 +114,9 @@ def _check_part(part: Any) -> bool:
     if isinstance(part, str):
         return False
     kind = part.get("type")
-    if kind in TEXT_PARTS and not part.get("uuid"):
+    if kind in TEXT_PARTS:
+        if part.get("uuid") is not None:  # vLLM would then go by the part's other fields, not by its type
+            raise VLLMValidationError(f"a {kind} part has no field 'uuid'", parameter="messages")
         return False
     if kind != "image_embeds":
         raise VLLMValidationError(

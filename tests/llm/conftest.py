@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
@@ -147,20 +148,27 @@ def run_service(base_lm_dir: Path, models_dir: Path) -> Iterator[Service]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    process = start(base_lm_dir, models_dir, port)
-    service = Service(f"http://127.0.0.1:{port}", base_lm_dir, models_dir, process)
-    try:
-        _wait_until_healthy(service)
-        yield service
-    finally:
-        process.send_signal(signal.SIGTERM)
+    with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would fill up
+        process = start(base_lm_dir, models_dir, port, stderr=log)
+        service = Service(f"http://127.0.0.1:{port}", base_lm_dir, models_dir, process)
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            _wait_until_healthy(service, log)
+            yield service
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
-def start(base_lm_dir: Path, models_dir: Path, port: int = 8000, **environment: str) -> subprocess.Popen[bytes]:
+def start(
+    base_lm_dir: Path,
+    models_dir: Path,
+    port: int = 8000,
+    stderr: IO[bytes] | int = subprocess.PIPE,
+    **environment: str,
+) -> subprocess.Popen[bytes]:
     settings = {
         "BASALT_BASE_LM_DIR": str(base_lm_dir),
         "BASALT_MODELS_DIR": str(models_dir),
@@ -169,7 +177,7 @@ def start(base_lm_dir: Path, models_dir: Path, port: int = 8000, **environment: 
         "OMP_NUM_THREADS": "2",
     }
     command = [sys.executable, "-m", "services.llm"]
-    return subprocess.Popen(command, env=os.environ | settings | environment, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=os.environ | settings | environment, stderr=stderr)
 
 
 def make_assistant(
@@ -257,12 +265,12 @@ def _chat_pieces(user: Prompt) -> list[str | torch.Tensor]:
     return joined
 
 
-def _wait_until_healthy(service: Service, seconds: float = 200) -> None:
+def _wait_until_healthy(service: Service, log: IO[bytes], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if service.process.poll() is not None:
-            stderr = service.process.stderr
-            raise RuntimeError(f"the LLM service ended: {stderr.read().decode()[-4000:] if stderr else ''}")
+            log.seek(0)
+            raise RuntimeError(f"the LLM service ended: {log.read().decode()[-4000:]}")
         try:
             if httpx.get(f"{service.url}/health", timeout=2).status_code == 200:
                 return
