@@ -65,10 +65,12 @@ class Fetcher:
         }
         self._names = SystemResolver()
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpx.create_ssl_context(trust_env=False),
+            ssl_context=httpx.create_ssl_context(),
             max_connections=32,
             max_keepalive_connections=0,
-            network_backend=GuardedBackend(resolve or self._names, private_hosts),
+            network_backend=GuardedBackend(
+                resolve or self._names, private_hosts, cast(httpcore.AsyncNetworkBackend, httpcore.AnyIOBackend())
+            ),
         )
 
     async def close(self) -> None:
@@ -104,15 +106,17 @@ class Fetcher:
             raise FetchError("the URL holds a space, a control character or a backslash: percent-encode it")
         try:
             parsed = httpx.URL(url)
-            port = parsed.port
+            host, port = parsed.host, parsed.port  # decoding an international name may fail too
         except (httpx.InvalidURL, ValueError):
             raise FetchError("the URL is malformed") from None
         if parsed.scheme not in ("http", "https"):
             raise FetchError("the URL must begin with https://, http:// or data:")
         if parsed.userinfo:
             raise FetchError("the URL must not hold a user name or password")
-        if not parsed.host:
+        if not host:
             raise FetchError("the URL names no host")
+        if port is not None and not 0 < port < 65536:
+            raise FetchError("the URL is malformed: ports are 1 to 65535")
         if port is not None and port not in PORTS and parsed.raw_host.decode() not in self._private_hosts:
             raise FetchError(f"port {port} is not allowed: use one of {', '.join(map(str, PORTS))}")
         return parsed
@@ -148,10 +152,12 @@ class Fetcher:
 class GuardedBackend(httpcore.AsyncNetworkBackend):
     """Resolves, checks and dials in one step."""
 
-    def __init__(self, resolve: Resolver, private_hosts: frozenset[str]) -> None:
+    def __init__(
+        self, resolve: Resolver, private_hosts: frozenset[str], dialler: httpcore.AsyncNetworkBackend
+    ) -> None:
         self._resolve = resolve
         self._private_hosts = private_hosts
-        self._dialler = cast(httpcore.AsyncNetworkBackend, httpcore.AnyIOBackend())
+        self._dialler = dialler
 
     async def connect_tcp(
         self,

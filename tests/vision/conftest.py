@@ -8,7 +8,6 @@ import grpc
 import pytest
 import pytest_asyncio
 import torch
-from tests.tiny import make_assistant, make_tower
 
 from basalt.assistants import load_assistants
 from basalt.object_store import DirectoryStore
@@ -16,6 +15,7 @@ from basalt.rpc.vision.v1 import vision_pb2_grpc
 from services.vision.embedder import Embedder
 from services.vision.server import VisionServer
 from services.vision.settings import Settings
+from tests.tiny import make_assistant, make_tower
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,187 @@
+"""Both object stores keep the same promises; the S3 one against a real S3 server over HTTP."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from basalt.object_store import (
+    DirectoryStore,
+    InvalidKey,
+    MinioStore,
+    ObjectNotFound,
+    ObjectStore,
+    StoreSettings,
+    StoreUnavailable,
+    image_id_of_key,
+    image_key,
+    open_object_store,
+)
+
+KEY = "images/sha256/" + "a" * 64
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The endpoint of a moto server."""
+    pytest.importorskip("moto", reason="moto[server] is the S3 server of this test")
+    pytest.importorskip("flask", reason="moto[server] is the S3 server of this test")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/moto-api/", trust_env=False)
+                break
+            except httpx.HTTPError:
+                assert time.monotonic() < deadline, "moto did not start"
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def open_s3(endpoint: str, bucket: str = "basalt") -> MinioStore:
+    store = open_object_store(f"s3://{bucket}", endpoint=endpoint, access_key="key", secret_key="secret")
+    assert isinstance(store, MinioStore)
+    return store
+
+
+@pytest.fixture(params=["directory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "directory":
+        return DirectoryStore(tmp_path / "objects")
+    opened = open_s3(request.getfixturevalue("s3"))
+    if not opened.client.bucket_exists(opened.bucket):
+        opened.client.make_bucket(opened.bucket)
+    return opened
+
+
+@pytest.mark.parametrize("data", [b"", b"x", os.urandom(6_000_000)], ids=["empty", "small", "large"])
+async def test_gives_back_what_was_put(store: ObjectStore, data: bytes):
+    await store.put(KEY, data)
+    assert await store.get(KEY) == data
+    assert await store.exists(KEY)
+
+
+async def test_replaces(store: ObjectStore):
+    await store.put(KEY, b"old")
+    await store.put(KEY, b"new")
+    assert await store.get(KEY) == b"new"
+
+
+async def test_what_is_not_there(store: ObjectStore):
+    missing = "images/sha256/" + "b" * 64
+    assert not await store.exists(missing)
+    assert not await store.exists("images")
+    with pytest.raises(ObjectNotFound):
+        await store.get(missing)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "/",
+        "/etc/passwd",
+        "../outside",
+        "a/../../outside",
+        "a/..",
+        "a//b",
+        "a/",
+        ".",
+        ".unfinished/x",
+        "a/.hidden",
+        "a\\..\\b",
+        "a\x00b",
+        "a\nb",
+        "a b",
+        "ä",
+        "a" * 513,
+    ],
+)
+async def test_keys_that_are_none(store: ObjectStore, key: str):
+    for work in (store.put(key, b"x"), store.get(key), store.exists(key)):
+        with pytest.raises(InvalidKey):
+            await work
+
+
+async def test_a_reader_never_sees_half_an_object(tmp_path: Path):
+    store = DirectoryStore(tmp_path)
+    values = [bytes([n]) * 2_000_000 for n in range(4)]
+    await store.put(KEY, values[0])
+
+    async def read() -> set[bytes]:
+        return {await store.get(KEY) for _ in range(20)}
+
+    _, seen = await asyncio.gather(asyncio.gather(*(store.put(KEY, value) for value in values)), read())
+    assert seen <= set(values)
+    assert list((tmp_path / ".unfinished").iterdir()) == []
+
+
+async def test_a_directory_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("in the way")
+    store = DirectoryStore(tmp_path / "file")
+    with pytest.raises(StoreUnavailable):
+        await store.put(KEY, b"x")
+
+
+async def test_an_s3_server_that_is_away_and_comes_back_is_told_and_used(s3: str):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        closed = listener.getsockname()[1]
+    away = open_s3(f"http://127.0.0.1:{closed}")
+    for work in (away.put(KEY, b"x"), away.get(KEY), away.exists(KEY)):
+        with pytest.raises(StoreUnavailable, match="reached"):
+            await work
+
+
+async def test_a_bucket_that_is_not_there_is_not_an_object_that_is_not_there(s3: str):
+    store = open_s3(s3, "no-such-bucket")
+    with pytest.raises(StoreUnavailable, match="NoSuchBucket"):
+        await store.get(KEY)
+
+
+def test_image_keys():
+    image_id = "sha256:" + "0a" * 32
+    assert image_id_of_key(image_key(image_id)) == image_id
+    for wrong in ("sha256:abc", "md5:" + "0a" * 32, "sha256:" + "0A" * 32, image_id + "\n"):
+        with pytest.raises(InvalidKey):
+            image_key(wrong)
+    for wrong in ("sha256/" + "0a" * 32, "images/sha256/", "images/sha256/../x", "checkpoints/" + "0a" * 32):
+        with pytest.raises(InvalidKey):
+            image_id_of_key(wrong)
+
+
+def test_opened_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for url in (str(tmp_path), f"file://{tmp_path}"):
+        opened = open_object_store(url)
+        assert isinstance(opened, DirectoryStore)
+        assert opened.root == tmp_path
+    monkeypatch.setenv("BASALT_STORE", "s3://images")
+    monkeypatch.setenv("BASALT_S3_ENDPOINT", "https://minio:9000")
+    monkeypatch.setenv("BASALT_S3_SECRET_KEY", "hush")
+    settings = StoreSettings()
+    assert "hush" not in repr(settings)
+    opened = settings.open_store()
+    assert isinstance(opened, MinioStore)
+    assert opened.bucket == "images"
+
+
+@pytest.mark.parametrize("url", ["", "http://minio:9000/bucket", "file://relative/path", "s3://bucket"])
+def test_urls_that_name_no_store(url: str):
+    with pytest.raises(ValueError, match="BASALT_"):
+        open_object_store(url)
