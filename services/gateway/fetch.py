@@ -152,9 +152,7 @@ class Fetcher:
 class GuardedBackend(httpcore.AsyncNetworkBackend):
     """Resolves, checks and dials in one step."""
 
-    def __init__(
-        self, resolve: Resolver, private_hosts: frozenset[str], dialler: httpcore.AsyncNetworkBackend
-    ) -> None:
+    def __init__(self, resolve: Resolver, private_hosts: frozenset[str], dialler: httpcore.AsyncNetworkBackend) -> None:
         self._resolve = resolve
         self._private_hosts = private_hosts
         self._dialler = dialler

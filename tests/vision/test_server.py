@@ -250,15 +250,16 @@ def run_service(models: Path, store: Path, port: int) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.timeout(600)  # it imports torch twice
 def test_the_process_starts_serves_and_drains_on_sigterm(models: Path, tmp_path: Path, free_port: int):
     process = run_service(models, tmp_path, free_port)
     try:
         with grpc.insecure_channel(f"127.0.0.1:{free_port}") as channel:
-            grpc.channel_ready_future(channel).result(timeout=120)
+            grpc.channel_ready_future(channel).result(timeout=200)
             health = health_pb2_grpc.HealthStub(channel)
             assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.SERVING
             second = run_service(models, tmp_path, free_port)
-            _, said = second.communicate(timeout=120)
+            _, said = second.communicate(timeout=200)
             assert second.returncode == 2
             assert "port" in said
         process.send_signal(signal.SIGTERM)
@@ -270,7 +271,7 @@ def test_the_process_starts_serves_and_drains_on_sigterm(models: Path, tmp_path:
 
 def test_the_process_says_what_is_missing(tmp_path: Path, free_port: int):
     process = run_service(tmp_path / "none", tmp_path, free_port)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=200)
     assert process.returncode == 2
     assert "BASALT_MODELS_DIR" in said
     assert "Traceback" not in said
