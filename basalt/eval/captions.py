@@ -27,7 +27,9 @@ _TOKEN = re.compile(
 )
 # The tokenizer's names for brackets. In lower case they escape coco-caption's own list of what to remove.
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
-_REMOVED = frozenset(["'", '"', "`", "\u2018", "\u2019", "\u201c", "\u201d", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
+_REMOVED = frozenset(
+    ["'", '"', "`", "\u2018", "\u2019", "\u201c", "\u201d", ".", "?", "!", ",", ":", "-", "--", "...", ";"]
+)
 
 
 def tokenise(text: str) -> list[str]:
@@ -66,7 +68,9 @@ def cider(candidates: dict[str, str], references: dict[str, list[str]]) -> float
             difference = _bigrams(ngrams) - _bigrams(reference)
             penalty = math.exp(-(difference**2) / (2 * SIGMA**2))
             for ours, our_norm, theirs, their_norm in zip(vectors, norms, *weigh(reference), strict=True):
-                product = sum(min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in ours.items() if ngram in theirs)
+                product = sum(
+                    min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in ours.items() if ngram in theirs
+                )
                 similarity += penalty * product / ((our_norm * their_norm) or 1.0)
         total += 10.0 * similarity / ORDERS / len(texts)
     return total / len(cooked)
