@@ -1,14 +1,15 @@
 """Everyday things as emoji: which emoji show which plain noun, and their pictures from free SVG sets.
 
-A set is an unpacked `@iconify-json/*` npm package (noto, openmoji, twemoji, …): `icons.json` holds SVG bodies by
-name and `chars.json` the name of each Unicode code point, so one table of characters names the pictures of every vendor.
+A set is an unpacked `@iconify-json/*` npm package (noto, openmoji, twemoji, …): `icons.json` holds SVG bodies
+by name and `chars.json` the name of each Unicode code point, so one table of characters names the pictures of
+every vendor. Some packages (emojione, noto-v1) leave `chars.json` empty but use the same names: they are looked up
+in the tables of the packages given beside them.
 """
 
 import io
 import json
 from pathlib import Path
 
-import resvg_py
 from PIL import Image
 
 # Category → noun → the emoji that show it. Near-duplicates are merged; what has no plain name is left out.
@@ -77,7 +78,8 @@ CLASSES: dict[str, dict[str, str]] = {
         "volcano": "🌋", "mountain": "⛰🏔", "globe": "🌍🌎🌏",
     },
     "building": {"house": "🏠🏡", "castle": "🏰🏯", "church": "⛪", "tent": "⛺"},
-    "body part": {"hand": "✋🖐", "eye": "👁", "ear": "👂", "nose": "👃", "foot": "🦶", "tooth": "🦷", "bone": "🦴", "brain": "🧠"},
+    "body part": {"hand": "✋🖐", "eye": "👁",
+        "ear": "👂", "nose": "👃", "foot": "🦶", "tooth": "🦷", "bone": "🦴", "brain": "🧠"},
     "person": {"man": "👨", "woman": "👩", "boy": "👦", "girl": "👧", "baby": "👶"},
 }  # fmt: skip
 
@@ -85,10 +87,38 @@ CATEGORY = {noun: category for category, nouns in CLASSES.items() for noun in no
 
 # Nouns that take no "a" and are not counted.
 PLURAL_ONLY = frozenset(
-    "grapes cherries pancakes fries pants socks glasses sunglasses gloves scissors headphones".split()
+    [
+        "grapes",
+        "cherries",
+        "pancakes",
+        "fries",
+        "pants",
+        "socks",
+        "glasses",
+        "sunglasses",
+        "gloves",
+        "scissors",
+        "headphones",
+    ]
 )
 MASS = frozenset(
-    "broccoli corn garlic bread cheese popcorn sushi spaghetti chocolate candy milk coffee wine beer fire".split()
+    [
+        "broccoli",
+        "corn",
+        "garlic",
+        "bread",
+        "cheese",
+        "popcorn",
+        "sushi",
+        "spaghetti",
+        "chocolate",
+        "candy",
+        "milk",
+        "coffee",
+        "wine",
+        "beer",
+        "fire",
+    ]
 )
 
 _IRREGULAR_PLURAL = {
@@ -124,21 +154,30 @@ def load_emoji(packages: list[Path], *, size: int = 192) -> dict[str, list[Image
 
     A noun that no package shows is left out. Raises FileNotFoundError when a path is not an iconify package.
     """
+    tables = [json.loads((package / "chars.json").read_text()) for package in packages]
+    shared = {code: name for table in reversed(tables) for code, name in table.items()}
     pictures: dict[str, list[Image.Image]] = {noun: [] for noun in CATEGORY}
-    for package in packages:
+    for package, own in zip(packages, tables, strict=True):
+        names = own or shared
         icons = json.loads((package / "icons.json").read_text())
-        names = json.loads((package / "chars.json").read_text())
         for nouns in CLASSES.values():
             for noun, characters in nouns.items():
                 for character in characters:
-                    name = names.get(f"{ord(character):x}") or names.get(f"{ord(character):x}-fe0f")
-                    icon = icons["icons"].get(name)
+                    icon = _icon(icons, names.get(f"{ord(character):x}"))
                     if icon is not None:
                         pictures[noun].append(_render(icon, icons, size))
     return {noun: images for noun, images in pictures.items() if images}
 
 
+def _icon(icons: dict, name: str | None) -> dict | None:
+    """The icon called `name`, or the one it is an alias of; None when this vendor does not draw it."""
+    alias = icons.get("aliases", {}).get(name)
+    return icons["icons"].get(alias["parent"] if alias else name)
+
+
 def _render(icon: dict, icons: dict, size: int) -> Image.Image:
+    import resvg_py  # only drawing needs it; scoring answers uses the nouns alone
+
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
     # Half as large again before trimming, so that what remains is never enlarged by much.
@@ -150,4 +189,6 @@ def _render(icon: dict, icons: dict, size: int) -> Image.Image:
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     image = image.crop(image.getchannel("A").getbbox())
     scale = size / max(image.size)
-    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
+    return image.resize(
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS
+    )

@@ -42,8 +42,8 @@ ASK: dict[str, tuple[str, ...]] = {
               "How many {plural} are in the picture?", "What is the number of {plural}?"),
     "colour": ("What color is the {noun}?", "What colour is the {noun}?", "Which color is the {noun}?",
                "Which colour does the {noun} have?", "Tell me the color of the {noun}."),
-    "where": ("Where is the {noun}?", "Where in the picture is the {noun}?", "In which part of the image is the {noun}?",
-              "Where do you see the {noun}?"),
+    "where": ("Where is the {noun}?", "Where in the picture is the {noun}?",
+              "In which part of the image is the {noun}?", "Where do you see the {noun}?"),
     "yesno": ("Is there {noun} in the picture?", "Is there {noun}?", "Do you see {noun}?", "Can you see {noun} here?",
               "Does the image show {noun}?"),
     "read": ("What does it say?", "What does the sign say?", "Read the text.", "What is written here?",
@@ -148,7 +148,9 @@ def word(material: Material, split: Split, rng: random.Random) -> Scene:
     ImageDraw.Draw(label).text((12 - left, 10 - top), drawn, font=font, fill=COLOURS[ink])
     label = label.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC, expand=True)
     scale = min(1.0, rng.uniform(200, 250) / label.width, 200 / label.height)
-    label = label.resize((max(1, round(label.width * scale)), max(1, round(label.height * scale))), Image.Resampling.LANCZOS)
+    label = label.resize(
+        (max(1, round(label.width * scale)), max(1, round(label.height * scale))), Image.Resampling.LANCZOS
+    )
     _paste(image, label, rng.random(), rng.random())
     scene = Scene(image)
     _ask(scene, rng, "read", f'It says "{drawn}".', text)
@@ -214,7 +216,9 @@ def pair(material: Material, split: Split, rng: random.Random) -> Scene:
         jitter = 0.06 if split == "train" else 0.1
         if not rows:
             y += rng.uniform(-0.25, 0.25) if number == 2 else 0.0
-        _place(image, picture, rng.randint(60, 84), x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter), rng)
+        _place(
+            image, picture, rng.randint(60, 84), x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter), rng
+        )
     scene = Scene(image)
     for noun, place in rng.sample(list(zip(nouns, places, strict=True)), 2):
         _ask(scene, rng, "where", place, place.split()[-1], noun=noun)
@@ -296,7 +300,14 @@ def shape(kind: str, colour: tuple[int, int, int]) -> Image.Image:
 
 
 def _ask(
-    scene: Scene, rng: random.Random, kind: str, answer: str, gold: str, *, noun: str | None = None, kind_as: str | None = None
+    scene: Scene,
+    rng: random.Random,
+    kind: str,
+    answer: str,
+    gold: str,
+    *,
+    noun: str | None = None,
+    kind_as: str | None = None,
 ) -> None:
     """Adds a question in one of its phrasings. For yes/no the noun stands in `gold` after a colon until here."""
     question = rng.choice(ASK[kind])
@@ -336,7 +347,7 @@ def _contrasting(rng: random.Random) -> tuple[str, str]:
 
 
 def _ground(split: Split, rng: random.Random, colour: str | None = None) -> Image.Image:
-    """Plain or shaded in training; stripes and blurred noise are kept for the test."""
+    """Plain, shaded or softly grained; stripes are kept for the test."""
     if colour is not None:
         base = (128, 128, 128) if colour == "grey" else COLOURS[colour]
         return Image.new("RGB", (SIZE, SIZE), tuple(max(0, min(255, value + rng.randint(-10, 10))) for value in base))
@@ -353,13 +364,14 @@ def _ground(split: Split, rng: random.Random, colour: str | None = None) -> Imag
         shade = Image.linear_gradient("L").resize((SIZE, SIZE)).rotate(rng.choice((0, 90, 180, 270)))
         image = Image.composite(Image.new("RGB", (SIZE, SIZE), other), image, shade)
     elif rng.random() < 0.3:
-        noise = Image.effect_noise((SIZE, SIZE), 60).filter(ImageFilter.GaussianBlur(3))
+        grain = Image.frombytes("L", (SIZE, SIZE), rng.randbytes(SIZE * SIZE))  # Pillow's own noise has no seed
+        noise = grain.filter(ImageFilter.GaussianBlur(3))
         image = Image.blend(image, noise.convert("RGB"), 0.25)
     return image
 
 
 def _cells(number: int, split: Split, rng: random.Random) -> list[tuple[float, float]]:
-    """Places that do not overlap: cells of a 3 × 3 grid in training, a ring or a row in the test's half."""
+    """Places that do not overlap: cells of a 3 × 3 grid, or in half of the test a row."""
     if split == "test" and number <= 3 and rng.random() < 0.5:
         places = [((index + 0.5) / number, rng.uniform(0.35, 0.65)) for index in range(number)]
     else:
@@ -378,7 +390,9 @@ def _place(
 ) -> None:
     """Pastes a picture with its middle at (x, y) of the image, turned a little, kept inside."""
     scale = size / max(picture.size)
-    small = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS)
+    small = picture.resize(
+        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS
+    )
     if rng.random() < 0.5:
         small = small.rotate(rng.uniform(-turn, turn), Image.Resampling.BICUBIC, expand=True)
     left = min(max(round(x * SIZE - small.width / 2), 0), max(SIZE - small.width, 0))
