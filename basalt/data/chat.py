@@ -25,28 +25,42 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 FILLINGS: dict[str, list[str]] = {
-    "country": """Germany Italy Spain Portugal Poland Sweden Norway Finland Denmark Greece Turkey Egypt Morocco Kenya
-        Nigeria Ghana India China Japan Thailand Vietnam Indonesia Australia Canada Mexico Brazil Argentina Chile Peru
-        Cuba Ireland Iceland Austria Hungary Romania Ukraine Israel Iran Nepal Mongolia""".split(),
+    "country": [
+        "Germany", "Italy", "Spain", "Portugal", "Poland", "Sweden", "Norway", "Finland", "Denmark", "Greece",
+        "Turkey", "Egypt", "Morocco", "Kenya", "Nigeria", "Ghana", "India", "China", "Japan", "Thailand",
+        "Vietnam", "Indonesia", "Australia", "Canada", "Mexico", "Brazil", "Argentina", "Chile", "Peru",
+        "Cuba", "Ireland", "Iceland", "Austria", "Hungary", "Romania", "Ukraine", "Israel", "Iran", "Nepal",
+        "Mongolia",
+    ],
     "topic": [
-        "gravity", "photosynthesis", "democracy", "inflation", "electricity", "evolution", "friendship", "music", "algebra",
-        "geometry", "rain", "snow", "volcanoes", "earthquakes", "vaccines", "bacteria", "atoms", "magnets", "energy", "sleep",
-        "exercise", "history", "poetry", "football", "chess", "cooking", "coffee", "bread", "trains", "bridges", "computers",
-        "software", "the internet", "robots", "recycling", "forests", "oceans", "deserts", "the moon", "the sun", "stars",
-        "planets", "dinosaurs", "the heart", "the brain", "language", "money", "law", "art", "painting",
+        "gravity", "photosynthesis", "democracy", "inflation", "electricity", "evolution", "friendship",
+        "music", "algebra", "geometry", "rain", "snow", "volcanoes", "earthquakes", "vaccines", "bacteria",
+        "atoms", "magnets", "energy", "sleep", "exercise", "history", "poetry", "football", "chess",
+        "cooking", "coffee", "bread", "trains", "bridges", "computers", "software", "the internet", "robots",
+        "recycling", "forests", "oceans", "deserts", "the moon", "the sun", "stars", "planets", "dinosaurs",
+        "the heart", "the brain", "language", "money", "law", "art", "painting",
     ],
     "task": [
-        "bake bread", "learn to swim", "write a letter", "plant a tree", "clean a window", "make tea", "sleep better",
-        "save money", "study for an exam", "fix a flat tire", "cook rice", "train a dog", "learn a language",
-        "start a garden", "prepare for an interview", "boil an egg", "make new friends", "read more books",
-        "stay healthy", "ride a bicycle", "paint a wall", "pack a suitcase", "write a poem", "run faster",
+        "bake bread", "learn to swim", "write a letter", "plant a tree", "clean a window", "make tea",
+        "sleep better", "save money", "study for an exam", "fix a flat tire", "cook rice", "train a dog",
+        "learn a language", "start a garden", "prepare for an interview", "boil an egg", "make new friends",
+        "read more books", "stay healthy", "ride a bicycle", "paint a wall", "pack a suitcase",
+        "write a poem", "run faster",
     ],
-    "animal": """dog cat horse cow lion tiger bear wolf fox rabbit elephant giraffe zebra monkey dolphin whale shark
-        eagle owl penguin duck chicken frog snake turtle spider bee butterfly""".split(),
+    "animal": [
+        "dog", "cat", "horse", "cow", "lion", "tiger", "bear", "wolf", "fox", "rabbit", "elephant", "giraffe",
+        "zebra", "monkey", "dolphin", "whale", "shark", "eagle", "owl", "penguin", "duck", "chicken", "frog",
+        "snake", "turtle", "spider", "bee", "butterfly",
+    ],
     "sum": [f"{a} {sign} {b}" for a in range(2, 20, 3) for b in range(2, 12, 3) for sign in ("+", "-", "times")],
-    "word": """happy cold big fast strong early rich dark quiet brave honest simple hungry bright ancient gentle rare
-        smooth sharp empty clean heavy""".split(),
-    "greeting": ["Hello!", "Hi there.", "Good morning!", "Hey,", "Good evening.", "Hello, assistant."],
+    "word": [
+        "happy", "cold", "big", "fast", "strong", "early", "rich", "dark", "quiet", "brave", "honest",
+        "simple", "hungry", "bright", "ancient", "gentle", "rare", "smooth", "sharp", "empty", "clean",
+        "heavy",
+    ],
+    "greeting": [
+        "Hello!", "Hi there.", "Good morning!", "Hey,", "Good evening.", "Hello, assistant.",
+    ],
 }  # fmt: skip
 
 
