@@ -1,6 +1,7 @@
 """`basalt`: one command for what is not a service. Each command imports what it needs when it runs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 train = typer.Typer(no_args_is_help=True, help="Train an assistant from a recipe.")
 data = typer.Typer(no_args_is_help=True, help="Make and check training data.")
 models = typer.Typer(no_args_is_help=True, help="The assistants on this machine and their parts.")
-evaluate = typer.Typer(no_args_is_help=True, help="Measure an assistant.")
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 app.add_typer(models, name="models")
-app.add_typer(evaluate, name="eval")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="CONFIG", help="the recipe, a YAML file")]
 RunDirectory = Annotated[Path, typer.Option("--out", help="the run's directory; an interrupted run goes on from there")]
@@ -36,6 +35,38 @@ def stage2(config: RecipePath, out: RunDirectory) -> None:
     from basalt.train.stage2_instruct import train_stage2
 
     _plainly(lambda: train_stage2(load_recipe(config), out))
+
+
+@data.command("make-scenes")
+def make_scenes_command(
+    emoji: Annotated[list[Path], typer.Option(help="an unpacked @iconify-json emoji package; may be given again")],
+    fonts: Annotated[list[Path], typer.Option(help="a font file, or a folder of them; may be given again")],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    count: Annotated[int, typer.Option(min=1, help="scenes")] = 9000,
+    seed: Annotated[int, typer.Option()] = 1,
+    test: Annotated[bool, typer.Option("--test", help="draw the test's layouts and words")] = False,
+) -> None:
+    """Draws scenes of emoji, shapes, words and charts, with questions, as LLaVA JSON."""
+    from basalt.data.scenes import make_scenes
+
+    files = [font for path in fonts for font in (sorted(path.rglob("*.[to]tf")) if path.is_dir() else [path])]
+    split = "test" if test else "train"
+    _plainly(lambda: typer.echo(make_scenes(out, emoji=emoji, fonts=files, count=count, seed=seed, split=split)))
+
+
+@data.command("make-chat")
+def make_chat(
+    out: Annotated[Path, typer.Option(help="the folder for chat-train.json and chat-dev.json")],
+    base_lm: Annotated[Path, typer.Option()] = Path("var/base/smollm2-135m-instruct"),
+    held_out: Annotated[int, typer.Option(help="conversations kept for chat-dev.json")] = 60,
+) -> None:
+    """Lets the base LM answer text-only prompts, so that training keeps it talking."""
+    from basalt.data.chat import answer_prompts, chat_prompts
+
+    prompts = chat_prompts()
+    out.mkdir(parents=True, exist_ok=True)
+    _plainly(lambda: answer_prompts(base_lm, prompts[:held_out], out / "chat-dev.json"))
+    _plainly(lambda: answer_prompts(base_lm, prompts[held_out:], out / "chat-train.json"))
 
 
 @models.command("prepare")
@@ -68,7 +99,7 @@ def list_assistants(root: Annotated[Path, typer.Option("--models")] = Path("mode
     _plainly(lambda: [typer.echo(f"{name}\t{found.version}") for name, found in load_assistants(root).items()])
 
 
-def _plainly(work) -> None:  # noqa: ANN001
+def _plainly(work: Callable[[], object]) -> None:
     """Runs a command; an error its author foresaw is one line on stderr, not a traceback."""
     from basalt.assistants import AssistantError
     from basalt.data.readers import DataError

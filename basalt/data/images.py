@@ -49,7 +49,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float greys: Pillow's own conversion clips
-        low, high = image.getextrema()
+        _, high = image.getextrema()
         top = 65535 if image.mode.startswith("I") and float(high) > 255 else max(float(high), 1.0)  # type: ignore[arg-type]
         image = image.convert("F").point(lambda value: value * (255.0 / top)).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

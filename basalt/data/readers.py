@@ -4,6 +4,7 @@ Every reader gives `Row`s; nothing is read into memory but text and the index of
 """
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -39,7 +40,9 @@ class ImageSource:
         if path.is_file():
             with tarfile.open(path, "r:") as archive:
                 self._offsets = {
-                    member.name.removeprefix("./"): (member.offset_data, member.size) for member in archive if member.isfile()
+                    member.name.removeprefix("./"): (member.offset_data, member.size)
+                    for member in archive
+                    if member.isfile()
                 }
         elif not path.is_dir():
             raise DataError(f"{path} is neither a folder nor a tar file of images")
@@ -76,7 +79,7 @@ def read_rows(path: Path, prompts: list[str]) -> Iterator[Row]:
             yield _conversation(record, where)
         elif "captions" in record:
             for caption in record["captions"]:
-                yield _exchange(record["image"], prompts[number % len(prompts)], caption)
+                yield _exchange(record["image"], prompts[number % len(prompts)], _sentence(caption))
         elif "question" in record and "answer" in record:
             yield _exchange(record["image"], record["question"], str(record["answer"]))
         else:
@@ -102,6 +105,12 @@ def _records(path: Path) -> Iterator[Any]:
 def _exchange(image: str, question: str, answer: str) -> Row:
     content = [{"type": "image"}, {"type": "text", "text": question}]
     return Row(image, [{"role": "user", "content": content}, {"role": "assistant", "content": answer.strip()}])
+
+
+def _sentence(caption: str) -> str:
+    """Captions of the classic sets come tokenised (`"a dog runs ."`): written as people write."""
+    text = re.sub(r"\s+([.,;:!?])", r"\1", caption.strip())
+    return text[:1].upper() + text[1:]
 
 
 def _conversation(record: dict[str, Any], where: str) -> Row:

@@ -41,7 +41,9 @@ class LocalAssistant:
         tower = self.model.tower
         assert tower is not None
         images = [image for _, its_images in conversations for image in its_images]
-        visual = self.model.visual_tokens(torch.stack([tower.preprocess(image) for image in images])) if images else None
+        visual = (
+            self.model.visual_tokens(torch.stack([tower.preprocess(image) for image in images])) if images else None
+        )
         prompts = [self.tokenizer.prompt(messages) for messages, _ in conversations]
         ids, mask = _left_pad(prompts, pad_id=0)
         settings = {"max_new_tokens": 64, "do_sample": False} | options

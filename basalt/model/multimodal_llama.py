@@ -28,7 +28,9 @@ class MultimodalLlama(nn.Module):
         lm: a causal LM of transformers, plain or wrapped by peft.
     """
 
-    def __init__(self, tower: VisionEncoder | None, projector: Projector, lm: PreTrainedModel, image_token_id: int) -> None:
+    def __init__(
+        self, tower: VisionEncoder | None, projector: Projector, lm: PreTrainedModel, image_token_id: int
+    ) -> None:
         super().__init__()
         self.tower = tower
         self.projector = projector
@@ -94,7 +96,10 @@ class MultimodalLlama(nn.Module):
         visual = self.project(features) if features is not None else visual
         positions = (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
         output = self.lm(
-            inputs_embeds=self.embed(ids, visual), attention_mask=attention_mask, position_ids=positions, use_cache=False
+            inputs_embeds=self.embed(ids, visual),
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=False,
         )
         if labels is None:
             return output.logits, None

@@ -31,7 +31,9 @@ class VisionEncoder(nn.Module):
         spec: states image size, tokens per image, width and how an image becomes the square.
     """
 
-    def __init__(self, spec: TowerSpec, backbone: nn.Module, features: Callable[[Tensor], Tensor], pixels: tuple) -> None:
+    def __init__(
+        self, spec: TowerSpec, backbone: nn.Module, features: Callable[[Tensor], Tensor], pixels: tuple
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.backbone = backbone.requires_grad_(False).eval()

@@ -37,7 +37,9 @@ class FeatureCache:
         return self._features[self.rows[name]]
 
 
-def cached_features(spec: TowerSpec, source: ImageSource, names: list[str], root: Path, *, batch: int = 32) -> FeatureCache:
+def cached_features(
+    spec: TowerSpec, source: ImageSource, names: list[str], root: Path, *, batch: int = 32
+) -> FeatureCache:
     """Opens the cache for these images under `root`, computing it first where it is not there.
 
     An image that cannot be decoded is left out and named in `broken`; nothing takes its place.

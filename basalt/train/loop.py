@@ -3,7 +3,6 @@
 import ctypes
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -183,7 +182,7 @@ class Run:
         }
         partial = self.directory / "checkpoint.pt.partial"
         torch.save(state, partial)
-        os.replace(partial, self.directory / "checkpoint.pt")
+        partial.replace(self.directory / "checkpoint.pt")
 
     def _resume(self, trained: dict[str, nn.Parameter], optimizer: MasterAdamW) -> int:
         path = self.directory / "checkpoint.pt"
@@ -202,10 +201,11 @@ class Run:
 
 def keep_freed_memory() -> None:
     """Tells glibc to reuse what is freed instead of handing it back: a step's many short-lived tensors otherwise
-    cost a page fault for every 4 KiB, some 15 % of a step on a CPU."""
+    cost a page fault for every 4 KiB, some 15 % of a step on a CPU. What is over 32 MiB, the logits, whose sizes
+    never repeat, still goes back: kept, it would fragment the heap without end."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+        for option, value in ((-3, 2**25), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
             libc.mallopt(option, value)
 
 

@@ -71,6 +71,7 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
         chat_template="chat_template.jinja",
         lineage=lineage,
     )
+    for file in directory.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for its owner alone
     (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
     return load_assistant(directory)
-

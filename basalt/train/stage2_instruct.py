@@ -20,9 +20,7 @@ def train_stage2(recipe: Recipe, directory: Path) -> None:
     if recipe.lora is None or recipe.start is None:
         raise RecipeError("stage 2 needs `lora` and the run of stage 1 as `start`")
     run = Run(recipe, directory)
-    config = LoraConfig(
-        r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, target_modules=LINEARS, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=recipe.lora.rank, lora_alpha=recipe.lora.alpha, target_modules=LINEARS, task_type="CAUSAL_LM")
     lm = get_peft_model(run.lm, config, autocast_adapter_dtype=False)
     model = MultimodalLlama(None, run.projector, lm, recipe.image_token_id)
     adapter, projector = named(lm.named_parameters()), named(run.projector.named_parameters())

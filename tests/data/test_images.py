@@ -160,7 +160,7 @@ def test_the_limit_is_the_caller_s() -> None:
 
 def test_errors_hold_no_address_of_the_process() -> None:
     whole = encoded(Image.effect_noise((64, 64), 80), "PNG")
-    for data in (b"plain text" * 9, whole[:300], png_header(10, 10)):
+    for data in (b"plain text" * 9, whole[:300], whole[:40] + bytes(60) + whole[100:]):
         with pytest.raises(ImageError) as error:
             decode_image(data)
         assert "0x" not in str(error.value)
