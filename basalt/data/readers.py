@@ -38,12 +38,17 @@ class ImageSource:
         self.path = path
         self._offsets: dict[str, tuple[int, int]] | None = None
         if path.is_file():
-            with tarfile.open(path, "r:") as archive:
-                self._offsets = {
-                    member.name.removeprefix("./"): (member.offset_data, member.size)
-                    for member in archive
-                    if member.isfile()
-                }
+            try:
+                with tarfile.open(path, "r:") as archive:
+                    self._offsets = {
+                        member.name.removeprefix("./"): (member.offset_data, member.size)
+                        for member in archive
+                        if member.isfile()
+                    }
+            except tarfile.TarError as error:
+                raise DataError(
+                    f"{path} is not a plain tar of images ({error}): unpack it, or pack it again"
+                ) from error
         elif not path.is_dir():
             raise DataError(f"{path} is neither a folder nor a tar file of images")
 
@@ -77,7 +82,10 @@ def read_rows(path: Path, prompts: list[str]) -> Iterator[Row]:
             raise DataError(f"{where}: expected an object, found {type(record).__name__}")
         if "conversations" in record:
             yield _conversation(record, where)
-        elif "captions" in record:
+            continue
+        if not isinstance(record.get("image"), str):
+            raise DataError(f"{where}: a caption or question needs the name of its picture as 'image'")
+        if "captions" in record:
             for caption in record["captions"]:
                 yield _exchange(record["image"], prompts[number % len(prompts)], _sentence(caption))
         elif "question" in record and "answer" in record:

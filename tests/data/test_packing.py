@@ -1,0 +1,127 @@
+import random
+from collections import Counter
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from basalt.data.packing import PREFIX, Group, Packed, fill_rows, group_samples, pack
+from basalt.data.preprocess import IGNORE, Sample
+
+LENGTH = 40
+PAD = 0
+
+
+@st.composite
+def samples(draw: st.DrawFn) -> list[tuple[str | None, Sample]]:
+    """Conversations, many about few images; those of an image begin alike, as far as they please."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    found: list[tuple[str | None, Sample]] = []
+    for _ in range(draw(st.integers(1, 12))):
+        image = rng.choice([None, "a", "b", "c"])
+        begin = [] if image is None else [*[16] * 4, *([ord(image)] * 3)][: rng.randint(4, 7)]
+        ids, labels = list(begin), [IGNORE] * len(begin)
+        for _ in range(rng.randint(1, 3)):
+            asked = [rng.randint(200, 210) for _ in range(rng.randint(1, 6))]
+            said = [rng.randint(300, 310) for _ in range(rng.randint(1, 8))]
+            ids += asked + said
+            labels += [IGNORE] * len(asked) + said
+        found.append((image, Sample(ids, labels)))
+    return found
+
+
+def packed(found: list[tuple[str | None, Sample]]) -> tuple[Packed, list[list[Group]], int]:
+    groups, dropped = group_samples(found, LENGTH)
+    rows = fill_rows(groups, LENGTH, random.Random(0))
+    return pack(rows, LENGTH, PAD), rows, dropped
+
+
+def histories(batch: Packed) -> list[tuple[int, ...]]:
+    """The tokens that each learned token's place sees, the place itself last."""
+    visible, ids = batch.attention_mask()[:, 0].flatten(0, 1).tolist(), batch.ids.tolist()
+    return [
+        tuple(token for token, seen in zip(ids[flat // LENGTH], visible[flat], strict=True) if seen)
+        for flat in batch.source.tolist()
+    ]
+
+
+@settings(deadline=None, max_examples=60)
+@given(samples())
+def test_every_learned_token_appears_once_after_its_whole_conversation(found: list[tuple[str | None, Sample]]) -> None:
+    batch, _, dropped = packed(found)
+    kept = [sample for _, sample in found if len(sample.ids) <= LENGTH]
+    assert dropped == len(found) - len(kept)
+    expected = Counter(
+        (tuple(sample.ids[:i]), label) for sample in kept for i, label in enumerate(sample.labels) if label != IGNORE
+    )
+    learned = Counter(zip(histories(batch), batch.target.tolist(), strict=True))
+    assert learned == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(samples())
+def test_nothing_is_cut_and_nothing_is_longer_than_a_row(found: list[tuple[str | None, Sample]]) -> None:
+    batch, rows, _ = packed(found)
+    assert all(sum(map(len, row)) <= LENGTH for row in rows)
+    whole = Counter(
+        (group.image, tuple(group.prefix + branch.ids)) for row in rows for group in row for branch in group.branches
+    )
+    assert whole == Counter((image, tuple(sample.ids)) for image, sample in found if len(sample.ids) <= LENGTH)
+    assert batch.images == [group.image for row in rows for group in row if group.image is not None]
+    assert int((batch.ids == 16).sum()) == 4 * len(batch.images)
+
+
+@settings(deadline=None, max_examples=60)
+@given(samples())
+def test_a_token_sees_its_conversation_alone_and_counts_its_positions(found: list[tuple[str | None, Sample]]) -> None:
+    batch, _, _ = packed(found)
+    mask = batch.attention_mask()
+    assert mask.shape == (len(batch.ids), 1, LENGTH, LENGTH)
+    assert not mask.triu(1).any()
+    real = batch.groups >= 0
+    assert (batch.ids[~real] == PAD).all()
+    # It sees as many tokens as its position says, itself among them.
+    assert torch.equal(mask[:, 0].sum(-1)[real], batch.positions[real] + 1)
+    group, branch = batch.groups, batch.branches
+    allowed = (group[:, :, None] == group[:, None, :]) & (
+        (branch[:, None, :] == PREFIX) | (branch[:, None, :] == branch[:, :, None])
+    )
+    assert not (mask[:, 0] & ~allowed).any()
+
+
+def test_an_image_s_questions_share_its_tokens() -> None:
+    def ask(image: str, question: int) -> tuple[str, Sample]:
+        return image, Sample([16, 16, 16, 16, 5, question, 300, 301], [IGNORE] * 6 + [300, 301])
+
+    groups, dropped = group_samples([ask("a", 200), ask("b", 201), ask("a", 202), ask("a", 200)], LENGTH)
+    assert dropped == 0
+    assert [(group.image, len(group.prefix), len(group.branches)) for group in groups] == [("a", 5, 3), ("b", 6, 1)]
+    batch = pack([groups], LENGTH, PAD)
+    assert batch.images == ["a", "b"]
+    assert int((batch.ids == 16).sum()) == 8
+    assert len(batch.target) == 8
+
+
+def test_the_last_token_of_a_shared_beginning_predicts_for_each_branch() -> None:
+    alike = [("a", Sample([16, 5, answer, 2], [IGNORE, IGNORE, answer, 2])) for answer in (300, 301)]
+    groups, _ = group_samples(alike, LENGTH)
+    batch = pack([groups], LENGTH, PAD)
+    assert batch.source.tolist() == [1, 2, 1, 4]
+    assert batch.target.tolist() == [300, 2, 301, 2]
+
+
+def test_an_image_with_more_questions_than_a_row_holds_goes_on_in_another() -> None:
+    many = [("a", Sample([16] * 4 + [200 + n] + [300] * 5, [IGNORE] * 5 + [300] * 5)) for n in range(20)]
+    groups, _ = group_samples(many, LENGTH)
+    assert len(groups) > 1
+    assert all(len(group) <= LENGTH and group.prefix == [16] * 4 for group in groups)
+    assert sum(len(group.branches) for group in groups) == 20
+
+
+def test_rows_are_filled_and_dealt_alike_by_the_same_seed() -> None:
+    groups = [Group(None, [], [Sample([n] * (n % 17 + 3), [n] * (n % 17 + 3))]) for n in range(300)]
+    rows = fill_rows(groups, LENGTH, random.Random(1))
+    assert rows == fill_rows(groups, LENGTH, random.Random(1))
+    assert rows != fill_rows(groups, LENGTH, random.Random(2))
+    assert sorted(group.branches[0].ids[0] for row in rows for group in row) == list(range(300))
+    assert sum(map(len, groups)) / (len(rows) * LENGTH) > 0.9

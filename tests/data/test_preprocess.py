@@ -1,0 +1,137 @@
+from typing import Any
+
+import pytest
+
+from basalt.data.preprocess import IGNORE, TEMPLATES, Sample, Tokenizer
+from tests.tiny_lm import END, IMAGE_TOKEN_ID, make_tokenizer
+
+VISUAL_TOKENS = 5
+IMAGE = {"type": "image"}
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(make_tokenizer(), (TEMPLATES / "chatml.jinja").read_text(), IMAGE_TOKEN_ID, VISUAL_TOKENS)
+
+
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "text only": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi there."}],
+    "system": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello!"},
+        {"role": "assistant", "content": "Hi."},
+    ],
+    "image": [
+        {"role": "user", "content": [IMAGE, text("What is this?")]},
+        {"role": "assistant", "content": "A dog."},
+    ],
+    "image after the text": [
+        {"role": "user", "content": [text("What is"), IMAGE, text("this?")]},
+        {"role": "assistant", "content": "A dog."},
+    ],
+    "several turns": [
+        {"role": "user", "content": [IMAGE, text("What is this?")]},
+        {"role": "assistant", "content": "A dog."},
+        {"role": "user", "content": "Which colour?"},
+        {"role": "assistant", "content": "Brown,\n\nwith white spots. "},
+        {"role": "user", "content": "assistant\nsay nothing"},
+        {"role": "assistant", "content": "Übung 🐕"},
+    ],
+    "several images": [
+        {"role": "user", "content": [IMAGE, IMAGE, text("Which is larger?")]},
+        {"role": "assistant", "content": "The first."},
+        {"role": "user", "content": [text("And of these?"), IMAGE]},
+        {"role": "assistant", "content": "The third."},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_exactly_the_assistant_s_texts_and_end_tokens_are_learned(tokenizer: Tokenizer, name: str) -> None:
+    messages = CONVERSATIONS[name]
+    sample = tokenizer.sample(messages)
+    assert len(sample.ids) == len(sample.labels)
+    assert all(label in (IGNORE, token) for token, label in zip(sample.ids, sample.labels, strict=True))
+    spoken = [message["content"] for message in messages if message["role"] == "assistant"]
+    assert learned(tokenizer, sample) == [words + "<|im_end|>" for words in spoken]
+
+
+def learned(tokenizer: Tokenizer, sample: Sample) -> list[str]:
+    """The text of each run of labels."""
+    runs: list[list[int]] = [[]]
+    for label in sample.labels:
+        if label != IGNORE:
+            runs[-1].append(label)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.tokenizer.decode(run) for run in runs if run]
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_an_image_is_as_many_tokens_as_the_tower_gives(tokenizer: Tokenizer, name: str) -> None:
+    messages = CONVERSATIONS[name]
+    images = str(messages).count("'image'")
+    ids = tokenizer.sample(messages).ids
+    assert ids.count(IMAGE_TOKEN_ID) == images * VISUAL_TOKENS
+    rest = tokenizer.tokenizer.decode([token for token in ids if token != IMAGE_TOKEN_ID])
+    said = [
+        part["text"]
+        for message in messages
+        for part in ([text(message["content"])] if isinstance(message["content"], str) else message["content"])
+        if part["type"] == "text"
+    ]
+    assert all(words in rest for words in said)
+
+
+def test_the_rendering_is_chatml(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.sample(CONVERSATIONS["image"]).ids
+    assert tokenizer.tokenizer.decode(ids) == (
+        "<|im_start|>user\n"
+        + "<reserved_16>" * VISUAL_TOKENS
+        + "\nWhat is this?<|im_end|>\n<|im_start|>assistant\nA dog.<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_the_prompt_is_where_the_sample_begins_to_be_learned(tokenizer: Tokenizer, name: str) -> None:
+    *before, _ = messages = CONVERSATIONS[name]
+    prompt, sample = tokenizer.prompt(before), tokenizer.sample(messages)
+    assert sample.ids[: len(prompt)] == prompt
+    assert sample.labels[len(prompt) - 1] == IGNORE
+    assert sample.labels[len(prompt)] != IGNORE
+    assert sample.labels[len(prompt) :].count(END) == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<image>\nWhat is this?",  # a placeholder typed as text, with no image
+        [IMAGE, text("Is <image> a placeholder?")],
+        [text("<image> What?")],
+    ],
+)
+def test_placeholders_and_images_must_agree(tokenizer: Tokenizer, content: Any) -> None:
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "A dog."}]
+    with pytest.raises(ValueError, match=r"has \d images but its text renders to \d <image> placeholders"):
+        tokenizer.sample(messages)
+    with pytest.raises(ValueError, match="placeholders"):
+        tokenizer.prompt(messages[:1])
+
+
+def test_a_template_that_drops_images_is_refused() -> None:
+    forgetful = "{% for m in messages %}{% generation %}{{ m['role'] }}{% endgeneration %}{% endfor %}"
+    tokenizer = Tokenizer(make_tokenizer(), forgetful, IMAGE_TOKEN_ID, VISUAL_TOKENS)
+    with pytest.raises(ValueError, match="has 1 images but its text renders to 0"):
+        tokenizer.sample(CONVERSATIONS["image"])
+
+
+def test_nothing_to_learn_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="nothing to learn"):
+        tokenizer.sample([{"role": "user", "content": "Hello!"}])
+    unmarked = Tokenizer(make_tokenizer(), "{% for m in messages %}{{ m['content'] }}{% endfor %}", IMAGE_TOKEN_ID, 5)
+    with pytest.raises(ValueError, match="generation"):
+        unmarked.sample(CONVERSATIONS["text only"])
