@@ -48,7 +48,7 @@ async def vision_serves() -> bool:
 HEALTH = {
     "vision": vision_serves,
     "llm": answers("llm", "/health"),
-    "gateway": answers("gateway", "/health"),
+    "gateway": answers("gateway", "/healthz"),
     "ui": answers("ui", "/_stcore/health"),
 }
 

@@ -171,7 +171,7 @@ def thing(material: Material, split: Split, rng: random.Random) -> Scene:
     _ask(scene, rng, "what", indefinite(noun), noun)
     _ask(scene, rng, "caption", f"A picture of {indefinite(noun)}.", noun)
     _ask(scene, rng, "yesno", *_yes_no(rng, noun, [noun], material), noun=None)
-    if rng.random() < 0.4 and _countable(noun):
+    if rng.random() < 0.1 and _countable(noun):
         _ask(scene, rng, "count", NUMBERS[1], NUMBERS[1], noun=noun)
     return scene
 
@@ -319,11 +319,15 @@ def _ask(
 
 
 def _yes_no(rng: random.Random, present: str | None, all_present: list[str], material: Material) -> tuple[str, str]:
-    """An answer, and gold with the noun asked for; absent nouns are as likely as present ones."""
-    if present is not None and rng.random() < 0.5:
-        return "yes", f"yes:{indefinite(present)}"
-    if present is None and rng.random() < 0.5:
-        return "yes", f"yes:{rng.choice(['a word', 'text', 'some writing'])}"
+    """An answer, and gold with the noun asked for; absent nouns are as likely as present ones.
+
+    Writing is asked after in scenes with and without it, so that the question does not give the answer away.
+    """
+    writing = rng.choice(["a word", "text", "some writing"])
+    if rng.random() < 0.5:
+        return "yes", f"yes:{writing if present is None else indefinite(present)}"
+    if present is not None and rng.random() < 0.3:
+        return "no", f"no:{writing}"
     absent = rng.choice([noun for noun in material.emoji if noun not in all_present])
     return "no", f"no:{indefinite(absent)}"
 

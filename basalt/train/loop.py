@@ -205,7 +205,11 @@ def keep_freed_memory() -> None:
     never repeat, still goes back: kept, it would fragment the heap without end."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        for option, value in ((-3, 2**25), (-1, 2**31 - 1), (-2, 2**28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+        for option, value in (
+            (-3, 2**25),
+            (-1, 2**31 - 1),
+            (-2, 2**28),
+        ):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
             libc.mallopt(option, value)
 
 
