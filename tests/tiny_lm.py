@@ -41,6 +41,7 @@ def make_lm(directory: Path, *, seed: int = 0) -> Path:
         vocab_size=len(tokenizer),
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        initializer_range=0.1,  # far enough from silence that a few steps of training show
         bos_token_id=SPECIAL.index("<|im_start|>"),
         eos_token_id=END,
     )

@@ -1,0 +1,210 @@
+"""Both stages for real, on a tiny random Llama and the default's tower."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from basalt.assistants import load_assistant, sha256
+from basalt.data.readers import DataError
+from basalt.model.assistant import LocalAssistant
+from basalt.model.multimodal_llama import MultimodalLlama
+from basalt.model.projector import load_projector
+from basalt.train.data import Dealer
+from basalt.train.loop import MasterAdamW, Run, rate_factor
+from basalt.train.publish import publish
+from basalt.train.recipe import Recipe
+from basalt.train.stage1_align import train_stage1
+from basalt.train.stage2_instruct import train_stage2
+from tests.tiny_lm import make_lm
+
+
+def masters(run: Path) -> dict[str, Tensor]:
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    return {name: value.detach() for name, value in state["masters"].items()}
+
+
+def log(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: sha256(path.read_bytes()) for path in directory.iterdir()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def aligned(stage1: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished stage 1."""
+    run = tmp_path_factory.mktemp("runs") / "stage1"
+    train_stage1(stage1, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def instructed(stage2: Recipe, aligned: Path) -> Path:
+    """A finished stage 2."""
+    run = aligned.parent / "stage2"
+    train_stage2(stage2.model_copy(update={"start": aligned}), run)
+    return run
+
+
+def test_stage_1_lowers_the_loss_and_trains_the_projector_alone(stage1: Recipe, aligned: Path, tmp_path: Path) -> None:
+    figures = log(aligned)
+    assert [entry["step"] for entry in figures] == [20, 40]
+    fresh = Run(stage1, tmp_path / "fresh")
+    before = fresh.held_out_loss(MultimodalLlama(None, fresh.projector, fresh.lm, stage1.image_token_id))
+    assert figures[1]["loss"] < figures[0]["loss"] < before + 0.1
+    assert figures[1]["held_out_loss"] < before - 0.1
+    trained = masters(aligned)
+    names = [f"projector.linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")]
+    assert list(trained) == names
+    started = fresh.projector.state_dict()
+    assert all(not torch.equal(trained[name].bfloat16(), started[name.removeprefix("projector.")]) for name in names)
+
+
+def test_stage_2_goes_on_from_stage_1_and_trains_projector_and_lora(
+    aligned: Path, instructed: Path, base_lm: Path
+) -> None:
+    trained, before = masters(instructed), masters(aligned)
+    adapter = {name: value for name, value in trained.items() if not name.startswith("projector.")}
+    assert adapter
+    assert all(".lora_A." in name or ".lora_B." in name for name in adapter)
+    # 7 linear layers in each of the 2 blocks, and each has learned: a LoRA starts with B = 0.
+    learned = [name for name, value in adapter.items() if ".lora_B." in name and value.any()]
+    assert len(learned) == 14
+    projector = {name: value for name, value in trained.items() if name.startswith("projector.")}
+    assert projector.keys() == before.keys()
+    assert all(not torch.equal(projector[name], before[name]) for name in projector)
+    change = max(float((projector[name] - before[name]).abs().max()) for name in projector)
+    assert change < 0.1  # it went on, it did not start afresh
+    assert digests(base_lm) == digests(make_lm(instructed.parent / "twin"))
+    saved = load_file(instructed / "lora" / "adapter_model.safetensors")
+    assert len(saved) == len(adapter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
+    stage: int, stage1: Recipe, stage2: Recipe, aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = train_stage1 if stage == 1 else train_stage2
+    recipe = stage1 if stage == 1 else stage2.model_copy(update={"start": aligned})
+    recipe = recipe.model_copy(update={"steps": 10})
+    train(recipe, tmp_path / "whole")
+
+    deal = Dealer.step
+
+    def interrupted(dealer: Dealer, number: int):
+        if number == 7:  # three steps after the last checkpoint
+            raise KeyboardInterrupt
+        return deal(dealer, number)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Dealer, "step", interrupted)
+        train(recipe, tmp_path / "broken")
+    assert torch.load(tmp_path / "broken" / "checkpoint.pt", weights_only=True)["step"] == 4
+    train(recipe, tmp_path / "broken")
+    assert same(masters(tmp_path / "broken"), masters(tmp_path / "whole"))
+
+
+def test_what_is_published_answers(instructed: Path, base_lm: Path, data: Path, tmp_path: Path) -> None:
+    publish(instructed, "tiny", tmp_path, {"note": "a test"})
+    assistant = load_assistant(tmp_path / "tiny")
+    assert assistant.manifest.lineage == {"note": "a test"}
+    assert assistant.manifest.lora is not None
+    assert assistant.manifest.lora.rank == 4
+    local = LocalAssistant(assistant, base_lm)
+    picture = Image.open(data / "images" / "red-ellipse.png").convert("RGB")
+    describe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe the image."}]}]
+    hello = [{"role": "user", "content": "Hello!"}]
+    options = {"max_new_tokens": 12}
+    together = local.answer([(describe, [picture]), (hello, [])], **options)
+    assert together == [*local.answer([(describe, [picture])], **options), *local.answer([(hello, [])], **options)]
+    assert all(isinstance(answer, str) for answer in together)
+
+
+def test_stage_1_is_published_without_a_lora(aligned: Path, base_lm: Path, tmp_path: Path) -> None:
+    assistant = publish(aligned, "tiny", tmp_path, {})
+    assert assistant.manifest.lora is None
+    assert LocalAssistant(assistant, base_lm).answer([([{"role": "user", "content": "Hello!"}], [])], max_new_tokens=2)
+
+
+def test_the_published_projector_takes_raw_features(stage1: Recipe, aligned: Path, tmp_path: Path) -> None:
+    published = load_projector(publish(aligned, "tiny", tmp_path, {}))
+    run = Run(stage1, aligned)
+    state = torch.load(aligned / "checkpoint.pt", weights_only=True)
+    run.projector.float().load_state_dict(state["projector"])
+    run.standardizer.load_state_dict(state["standardizer"])
+    cache = run.dealer.sources[0].features
+    assert cache is not None
+    features = torch.stack([cache[name] for name in cache.rows])
+    with torch.no_grad():
+        expected = run.projector(run.standardizer(features))
+        torch.testing.assert_close(published(features.float()), expected, atol=1e-3, rtol=1e-2)
+
+
+def test_publishing_needs_a_checkpoint(stage1: Recipe, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "recipe.json").write_text(stage1.model_dump_json())
+    with pytest.raises(FileNotFoundError):
+        publish(run, "tiny", tmp_path / "models", {})
+
+
+def test_a_data_set_with_many_broken_images_is_refused(stage1: Recipe, data: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (data / "images").iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    (images / "red-ellipse.png").write_bytes(b"not a picture")
+    broken = stage1.data[0].model_copy(update={"images": images})
+    recipe = stage1.model_copy(update={"data": [broken], "features": tmp_path / "features"})
+    with pytest.raises(DataError, match="of 12 rows, 2 have an image that cannot be decoded and 0 are longer"):
+        train_stage1(recipe, tmp_path / "run")
+
+
+def test_rows_longer_than_a_row_are_refused(stage1: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="12 are longer than row_length = 20 tokens"):
+        train_stage1(stage1.model_copy(update={"row_length": 20}), tmp_path / "run")
+
+
+def test_a_step_deals_the_same_batches_whenever_it_is_asked(stage2: Recipe, aligned: Path, tmp_path: Path) -> None:
+    recipe = stage2.model_copy(update={"start": aligned})
+    one, other = Run(recipe, tmp_path / "one").dealer, Run(recipe, tmp_path / "other").dealer
+    forward = {number: one.step(number) for number in range(8)}
+    for number in (5, 0, 7):
+        for mine, theirs in zip(forward[number], other.step(number), strict=True):
+            assert torch.equal(mine.packed.ids, theirs.packed.ids)
+            assert mine.packed.images == theirs.packed.images
+            assert (mine.features is None) == (theirs.features is None)
+            if mine.features is not None and theirs.features is not None:
+                assert torch.equal(mine.features, theirs.features)
+
+
+def test_learning_rates_warm_up_stay_and_fall(stage1: Recipe) -> None:
+    recipe = stage1.model_copy(update={"steps": 100, "warmup": 0.1, "decay": 0.5})
+    factors = [rate_factor(step, recipe) for step in range(100)]
+    assert factors[0] == 0.1
+    assert factors[9:50] == [1.0] * 41
+    assert factors[75] == pytest.approx(0.5)
+    assert 0 < factors[99] < 0.01
+    cosine = recipe.model_copy(update={"decay": 1.0})
+    assert rate_factor(55, cosine) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+
+
+def test_steps_too_small_for_bf16_add_up() -> None:
+    parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([([parameter], 1e-4)], weight_decay=0.0)
+    for _ in range(200):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step(1.0, clip=1.0)
+    assert float(parameter[0]) == pytest.approx(0.98, abs=0.004)
