@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from pathlib import Path
 
 import grpc
 import httpx
@@ -23,7 +22,7 @@ from basalt.preflight import HOST, ROOT, VAR, port
 from basalt.supervisor import Service, StartError, say
 
 START_SECONDS = 300  # for all services to become healthy
-BASE_LM = Path(os.environ.get("BASALT_BASE_LM_DIR", ROOT / "var/base/smollm2-135m-instruct"))
+BASE_LM = ROOT / "var/base/smollm2-135m-instruct"  # of the embedded default, unless BASALT_BASE_LM_DIR names another
 
 
 def answers(service: str, path: str) -> Callable[[], Awaitable[bool]]:
@@ -118,7 +117,7 @@ Logs are in {VAR / "log"}. Ctrl-C, or `make down` elsewhere, stops everything.
 
 
 def prepare_base_lm() -> None:
-    if not (BASE_LM / "config.json").exists():
+    if "BASALT_BASE_LM_DIR" not in os.environ and not (BASE_LM / "config.json").exists():
         say(f"Preparing the base LM in {BASE_LM} (once)")
         subprocess.run([sys.executable, "-m", "basalt.cli", "models", "prepare"], cwd=ROOT, check=True)
 

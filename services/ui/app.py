@@ -11,6 +11,7 @@ from services.ui.example import QUESTIONS, example_image
 from services.ui.settings import Settings
 
 IMAGE_TYPES = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"]
+AVATAR = "🪨"
 THUMBNAIL = 360  # pixels, the longer side
 DEFAULT_QUESTION = "Describe the image."
 
@@ -19,7 +20,7 @@ gateway = Gateway(settings.gateway_url)
 
 
 def main() -> None:
-    st.set_page_config(page_title="Basalt", page_icon="🪨", layout="centered")
+    st.set_page_config(page_title="Basalt", page_icon=AVATAR, layout="centered")
     turns: list[Turn] = st.session_state.setdefault("turns", [])
     assistant = sidebar()
     asked = st.chat_input(
@@ -36,19 +37,19 @@ def main() -> None:
         welcome(enabled=assistant is not None)
     for turn in turns:
         show_question(turn)
-        with st.chat_message("assistant"):
+        with st.chat_message("assistant", avatar=AVATAR):
             show_answer(turn)
     if new and assistant:
         turns.append(new)
         show_question(new)
-        with st.chat_message("assistant"):
+        with st.chat_message("assistant", avatar=AVATAR):
             stream_answer(assistant, turns)
 
 
 def sidebar() -> str | None:
     """The chosen assistant; None, with the reason on the page, where there is none to choose."""
     with st.sidebar:
-        st.title("🪨 Basalt", anchor=False)
+        st.title(f"{AVATAR} Basalt", anchor=False)
         if st.button("New conversation", icon=":material/add_comment:", width="stretch"):
             st.session_state.turns.clear()
             st.rerun()
@@ -78,7 +79,7 @@ def welcome(*, enabled: bool) -> None:
 
 
 def show_question(turn: Turn) -> None:
-    with st.chat_message("user"):
+    with st.chat_message("user", avatar=":material/person:"):
         for image in turn.images:
             try:
                 st.image(thumbnail(image))

@@ -53,8 +53,12 @@ class Gateway:
         if isinstance(error, openai.APIConnectionError):
             return f"The gateway at {self.url} does not answer. Is it running? `make up` starts everything."
         if isinstance(error.body, dict) and (message := error.body.get("message")):
-            return str(message)
-        return error.message
+            return sentence(str(message))
+        return sentence(error.message)
+
+
+def sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def messages(turns: list[Turn]) -> list[ChatCompletionMessageParam]:

@@ -65,6 +65,6 @@ def ask(page: Page, question: str) -> str:
     expect(said).to_have_count(before + 2, timeout=ANSWER_MS)
     expect(said.nth(before)).to_contain_text(question)
     page.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for(timeout=ANSWER_MS)
-    answer = said.nth(before + 1)
-    expect(answer.get_by_test_id("stMarkdownContainer")).not_to_be_empty(timeout=ANSWER_MS)
+    answer = said.nth(before + 1).get_by_test_id("stMarkdownContainer")
+    expect(answer).not_to_be_empty(timeout=ANSWER_MS)
     return answer.inner_text()

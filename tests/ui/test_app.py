@@ -21,6 +21,9 @@ def page(gateway: GatewayShaped, monkeypatch: pytest.MonkeyPatch) -> AppTest:
     return AppTest.from_file(PAGE, default_timeout=30).run()
 
 
+TOLD = REFUSED[0].upper() + REFUSED[1:]
+
+
 def photo(colour: str = "red") -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (32, 24), colour).save(out, "PNG")
@@ -94,11 +97,11 @@ def test_a_new_conversation_forgets_the_image(page: AppTest, gateway: GatewaySha
 
 def test_a_refused_file_is_told_and_spoils_no_later_question(page: AppTest, gateway: GatewayShaped) -> None:
     ask(page, "What is it?", ("a.png", b"not an image"))
-    assert [error.value for error in page.error] == [REFUSED]
+    assert [error.value for error in page.error] == [TOLD]
     ask(page, "And this?", ("b.png", photo()))
     assert shown(page)[-1] == "A red circle."
     assert sent_images(gateway.bodies[-1]) == [photo()]
-    assert [error.value for error in page.error] == [REFUSED]  # still there, beside its question
+    assert [error.value for error in page.error] == [TOLD]  # still there, beside its question
 
 
 def test_an_answer_that_breaks_off_is_kept_with_the_reason(page: AppTest, gateway: GatewayShaped) -> None:
@@ -106,7 +109,7 @@ def test_an_answer_that_breaks_off_is_kept_with_the_reason(page: AppTest, gatewa
     ask(page, "What is it?")
     page.run()
     assert [text.strip() for text in shown(page)] == ["What is it?", "A red"]
-    assert [error.value for error in page.error] == ["the llm service went away"]
+    assert [error.value for error in page.error] == ["The llm service went away"]
 
 
 def test_no_gateway_is_said_in_plain_words(monkeypatch: pytest.MonkeyPatch) -> None:
