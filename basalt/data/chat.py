@@ -7,6 +7,7 @@ in place (self-distillation), and no foreign text comes into the training.
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,7 +87,7 @@ def answer_prompts(base_lm: Path, prompts: list[str], out: Path, *, max_new_toke
         The number of rows written.
     """
     tokenizer = AutoTokenizer.from_pretrained(base_lm, padding_side="left")
-    lm = AutoModelForCausalLM.from_pretrained(base_lm, dtype=torch.bfloat16).eval()
+    lm: Any = AutoModelForCausalLM.from_pretrained(base_lm, dtype=torch.bfloat16).eval()
     rows = []
     for start in range(0, len(prompts), batch):
         asked = prompts[start : start + batch]

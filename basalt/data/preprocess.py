@@ -58,19 +58,23 @@ class Tokenizer:
             raise ValueError("nothing to learn: no assistant turn, or a chat template without {% generation %}")
         ids, labels = [], []
         for token, start, end in self._tokens(rendered, _images(messages)):
-            supervised = any(low <= start and end <= high for low, high in spans) and start < end
+            # Not told by its offsets: some tokenizers trim spaces from them, and leave a lone space none.
+            visual = token == self.image_token_id
+            supervised = not visual and any(low <= start and end <= high for low, high in spans)
             ids.append(token)
             labels.append(token if supervised else IGNORE)
         return Sample(ids, labels)
 
     def _render(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        rendered, spans = render_jinja_template(
+        special: dict[str, Any] = self.tokenizer.special_tokens_map
+        found: Any = render_jinja_template(
             [messages],
             chat_template=self.template,
             return_assistant_tokens_mask=not generation_prompt,
             add_generation_prompt=generation_prompt,
-            **self.tokenizer.special_tokens_map,
+            **special,
         )
+        rendered, spans = found
         return rendered[0], [] if generation_prompt else spans[0]
 
     def _tokens(self, rendered: str, images: int) -> list[tuple[int, int, int]]:

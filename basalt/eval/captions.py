@@ -36,7 +36,8 @@ def tokenise(text: str) -> list[str]:
     """Words as coco-caption's PTB step leaves them: lower case, contractions apart, punctuation gone."""
     spaced = _FUSED.sub(lambda found: " ".join(filter(None, found.groups())), text.lower())
     spaced = _CONTRACTION.sub(r" \1", spaced)
-    return [_BRACKETS.get(token, token) for token in _TOKEN.findall(spaced) if token not in _REMOVED]
+    words: list[str] = _TOKEN.findall(spaced)
+    return [_BRACKETS.get(word, word) for word in words if word not in _REMOVED]
 
 
 def cider(candidates: dict[str, str], references: dict[str, list[str]]) -> float:

@@ -27,7 +27,7 @@ class LocalAssistant:
 
     def __init__(self, assistant: Assistant, base_lm: Path, dtype: torch.dtype = torch.float32) -> None:
         spec = assistant.manifest
-        lm = AutoModelForCausalLM.from_pretrained(base_lm, dtype=dtype)
+        lm: Any = AutoModelForCausalLM.from_pretrained(base_lm, dtype=dtype)
         if spec.lora is not None:
             lm = PeftModel.from_pretrained(lm, str(assistant.path(spec.lora.dir)))
         self.model = MultimodalLlama(

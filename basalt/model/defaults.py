@@ -7,6 +7,7 @@ directory; nothing is downloaded from a model hub.
 import importlib.util
 import shutil
 from pathlib import Path
+from typing import Any
 
 BASE_LM = "smollm2-135m-instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,7 +40,7 @@ def _convert(package: Path, target: Path) -> None:
     # A model loaded from GGUF keeps its quantisation config and refuses to be saved: a plain twin takes its weights.
     drop = {"quantization_config", "_name_or_path", "architectures", "model_type", "dtype", "transformers_version"}
     config = LlamaConfig(**{key: value for key, value in quantised.config.to_dict().items() if key not in drop})
-    plain = LlamaForCausalLM(config)
+    plain: Any = LlamaForCausalLM(config)
     plain.load_state_dict(quantised.state_dict())
     plain.to(torch.bfloat16).save_pretrained(target)
     AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(target)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from basalt.data.packing import Packed
 from basalt.data.preprocess import IGNORE
@@ -28,13 +27,11 @@ class MultimodalLlama(nn.Module):
         lm: a causal LM of transformers, plain or wrapped by peft.
     """
 
-    def __init__(
-        self, tower: VisionEncoder | None, projector: Projector, lm: PreTrainedModel, image_token_id: int
-    ) -> None:
+    def __init__(self, tower: VisionEncoder | None, projector: Projector, lm: nn.Module, image_token_id: int) -> None:
         super().__init__()
         self.tower = tower
         self.projector = projector
-        self.lm = lm
+        self.lm: Any = lm  # transformers' and peft's classes share no type that states what is used here
         self.image_token_id = image_token_id
 
     @property

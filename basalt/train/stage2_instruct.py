@@ -28,4 +28,4 @@ def train_stage2(recipe: Recipe, directory: Path) -> None:
         [(projector, recipe.projector_learning_rate), (adapter, recipe.lora.learning_rate)], recipe.weight_decay
     )
     run.train(model, optimizer)
-    lm.save_pretrained(directory / "lora")
+    lm.save_pretrained(str(directory / "lora"))

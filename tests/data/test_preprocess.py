@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
 from basalt.data.preprocess import IGNORE, TEMPLATES, Sample, Tokenizer
 from tests.tiny_lm import END, IMAGE_TOKEN_ID, make_tokenizer
@@ -58,6 +59,15 @@ def test_exactly_the_assistant_s_texts_and_end_tokens_are_learned(tokenizer: Tok
     assert all(label in (IGNORE, token) for token, label in zip(sample.ids, sample.labels, strict=True))
     spoken = [message["content"] for message in messages if message["role"] == "assistant"]
     assert learned(tokenizer, sample) == [words + "<|im_end|>" for words in spoken]
+
+
+def test_spaces_are_learned_where_the_tokenizer_trims_its_offsets() -> None:
+    trimming = make_tokenizer()
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as Llama 3's
+    tokenizer = Tokenizer(trimming, (TEMPLATES / "chatml.jinja").read_text(), IMAGE_TOKEN_ID, VISUAL_TOKENS)
+    said = "One,\n\n two  three. "
+    sample = tokenizer.sample([{"role": "user", "content": " Count! "}, {"role": "assistant", "content": said}])
+    assert learned(tokenizer, sample) == [said + "<|im_end|>"]
 
 
 def learned(tokenizer: Tokenizer, sample: Sample) -> list[str]:
