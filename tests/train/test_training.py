@@ -207,4 +207,4 @@ def test_steps_too_small_for_bf16_add_up() -> None:
     for _ in range(200):
         parameter.grad = torch.ones_like(parameter)
         optimizer.step(1.0, clip=1.0)
-    assert float(parameter[0]) == pytest.approx(0.98, abs=0.004)
+    assert parameter[0].item() == pytest.approx(0.98, abs=0.004)
