@@ -22,6 +22,7 @@ PORTS = {  # service: (the variable that changes its port, default)
     "gateway": ("BASALT_GATEWAY_PORT", 8080),
     "ui": ("BASALT_UI_PORT", 8501),
 }
+CPUINFO = Path("/proc/cpuinfo")
 GIB = 1024**3
 INSTALL_DISK = 5 * GIB  # the virtual environment and pip's cache of it
 RUN_MEMORY = 5 * GIB
@@ -39,8 +40,7 @@ def machine_problems() -> list[str]:
     """Why this machine cannot run the embedded default at all."""
     if platform.system() != "Linux":
         return [f"{platform.system()} is not supported: vLLM's CPU build needs Linux (on Windows, use WSL 2)"]
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    if platform.machine() == "x86_64" and " avx2 " not in cpuinfo:
+    if platform.machine() == "x86_64" and "avx2" not in CPUINFO.read_text().split():
         return ["this CPU has no AVX2 (no 'avx2' in /proc/cpuinfo): vLLM's CPU build needs it"]
     return []
 
