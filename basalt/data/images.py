@@ -49,8 +49,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit and float greys: Pillow's own conversion clips
-        _, high = image.getextrema()
-        top = 65535 if image.mode.startswith("I") and float(high) > 255 else max(float(high), 1.0)  # type: ignore[arg-type]
+        top = _white(image)
         image = image.convert("F").point(lambda value: value * (255.0 / top)).convert("L")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -58,6 +57,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         canvas.alpha_composite(rgba)
         image = canvas
     return image.convert("RGB")
+
+
+def _white(image: Image.Image) -> float:
+    """What stands for white in a grey of more than 8 bits; wider ones do not say, so their brightest does."""
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    _, high = image.getextrema()
+    brightest = float(high)  # type: ignore[arg-type]
+    if image.mode == "F":
+        return max(brightest, 1.0)
+    return next((top for top in (255.0, 65535.0) if brightest <= top), brightest)
 
 
 def to_square(image: Image.Image, size: int, fit: str) -> Image.Image:

@@ -100,6 +100,19 @@ def test_16_bit_grey_keeps_its_range(form: str) -> None:
     assert [decoded.getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in (0, 63, 127, 255)]
 
 
+def test_a_dark_16_bit_grey_stays_dark() -> None:
+    assert decode_image(encoded(Image.new("I;16", (4, 4), 200), "PNG")).getpixel((0, 0)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("brightest", [255, 65535, 2_000_000_000])
+def test_32_bit_grey_is_scaled_to_what_it_holds(brightest: int) -> None:
+    image = Image.new("I", (4, 4), brightest)
+    image.putpixel((0, 0), brightest // 2)
+    decoded = decode_image(encoded(image, "TIFF"))
+    assert close(decoded, (0, 0), (127, 127, 127), 1)
+    assert close(decoded, (3, 3), WHITE, 0)
+
+
 @pytest.mark.parametrize(("mode", "colour"), [("1", 1), ("L", 255)])
 def test_plain_greys(mode: str, colour: int) -> None:
     assert close(decode_image(encoded(Image.new(mode, (4, 4), colour), "PNG")), (1, 1), WHITE, 0)
