@@ -119,7 +119,10 @@ Logs are in {VAR / "log"}. Ctrl-C, or `make down` elsewhere, stops everything.
 def prepare_base_lm() -> None:
     if "BASALT_BASE_LM_DIR" not in os.environ and not (BASE_LM / "config.json").exists():
         say(f"Preparing the base LM in {BASE_LM} (once)")
-        subprocess.run([sys.executable, "-m", "basalt.cli", "models", "prepare"], cwd=ROOT, check=True)
+        command = [sys.executable, "-m", "basalt.cli", "models", "prepare"]
+        quiet = os.environ | {"TQDM_DISABLE": "1"}
+        if subprocess.run(command, cwd=ROOT, env=quiet, stdout=subprocess.DEVNULL).returncode != 0:
+            sys.exit("Preparing the base LM failed; the reason is above.")
 
 
 def main() -> None:
