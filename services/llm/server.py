@@ -120,6 +120,7 @@ def vllm_arguments(settings: Settings, base_lm: BaseLM, assistants: list[Assista
         "max-model-len": str(settings.max_model_len or min(contexts)),
         "max-num-seqs": str(settings.max_sequences),
         "max-num-batched-tokens": str(settings.max_batch_tokens),
+        "override-generation-config": json.dumps({"temperature": settings.temperature}),
         # No pixels at all; embeddings are not counted by this limit.
         "limit-mm-per-prompt": json.dumps({"image": 0}),
         "mm-processor-cache-gb": "0",

@@ -21,5 +21,7 @@ class Settings(BaseSettings):
     max_sequences: int = Field(default=32, ge=1)  # answered at the same time
     max_batch_tokens: int = Field(default=2048, ge=1)  # in one engine step
     max_loras: int = Field(default=8, ge=1)  # different LoRAs in one batch
+    # Of requests that name none. Small LMs wander off at OpenAI's 1.0; above 0, so that `n` answers can differ.
+    temperature: float = Field(default=0.1, ge=0)
     drain_seconds: int = Field(default=20, ge=0)  # that SIGTERM leaves to running answers
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"  # of vLLM
