@@ -13,7 +13,7 @@ test: install lint ## set everything up and run all tests
 	$(VENV)/python -m pytest -q --durations=10
 
 lint: install
-	$(VENV)/ruff check . && $(VENV)/ruff format --check . && $(VENV)/pyright
+	$(VENV)/ruff check . && $(VENV)/ruff format --check . && $(VENV)/pyright --pythonpath $(VENV)/python
 
 install: require-python
 	@$(PYTHON) tools/install.py
