@@ -45,6 +45,7 @@ class BaseLMSpec(_Spec):
     id: str  # "smollm2-135m-instruct", or a transformers model id or directory
     lm_dim: int = Field(gt=0)
     context: int = Field(gt=0)  # tokens
+    image_token_id: int = Field(ge=0)  # stands where visual tokens go; one that its training never used
 
 
 class LoRASpec(_Spec):

@@ -56,7 +56,7 @@ def make_assistant(models: Path, name: str, tower: Path, *, seed: int = 0, lm_di
             "digest": sha256((directory / "projector.safetensors").read_bytes()),
             "hidden": 32,
         },
-        "base_lm": {"id": "tiny", "lm_dim": lm_dim, "context": 512},
+        "base_lm": {"id": "tiny", "lm_dim": lm_dim, "context": 512, "image_token_id": 16},
         "chat_template": "chat_template.jinja",
     }
     (directory / "manifest.json").write_text(json.dumps(manifest))

@@ -15,8 +15,6 @@ from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import load_projector
 from basalt.model.vision_encoder import load_vision_encoder
 
-IMAGE_TOKEN_ID = 16  # of SmolLM2: a reserved token its training never used
-
 
 class LocalAssistant:
     """Tower, projector, base LM and LoRA of one assistant, ready to answer.
@@ -30,11 +28,11 @@ class LocalAssistant:
         lm: Any = AutoModelForCausalLM.from_pretrained(base_lm, dtype=dtype)
         if spec.lora is not None:
             lm = PeftModel.from_pretrained(lm, str(assistant.path(spec.lora.dir)))
-        self.model = MultimodalLlama(
-            load_vision_encoder(spec.tower), load_projector(assistant), lm.eval(), IMAGE_TOKEN_ID
-        ).eval()
+        tower, projector = load_vision_encoder(spec.tower), load_projector(assistant)
+        image_token_id = spec.base_lm.image_token_id
+        self.model = MultimodalLlama(tower, projector, lm.eval(), image_token_id).eval()
         template = assistant.path(spec.chat_template).read_text()
-        self.tokenizer = Tokenizer(AutoTokenizer.from_pretrained(base_lm), template, IMAGE_TOKEN_ID, spec.tower.tokens)
+        self.tokenizer = Tokenizer(AutoTokenizer.from_pretrained(base_lm), template, image_token_id, spec.tower.tokens)
 
     def answer(self, conversations: list[tuple[list[dict[str, Any]], list[Image.Image]]], **options: Any) -> list[str]:
         """Answers conversations, each with its images in order; `options` go to transformers' `generate`."""

@@ -31,16 +31,23 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
     The features' standardisation is folded into the projector, so that what is served is the plain 2-layer MLP.
 
     Raises:
-        FileNotFoundError: the run has no checkpoint yet.
+        FileNotFoundError: the run is not finished.
     """
+    if not (run / "checkpoint.pt").is_file():
+        raise FileNotFoundError(f"{run} holds no finished run of `basalt train`: it has no checkpoint.pt")
     recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
+    if recipe.lora is not None and not (run / "lora").is_dir():
+        raise FileNotFoundError(f"{run} is not finished: start it again, it goes on where it stopped")
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     directory = models / name
     directory.mkdir(parents=True, exist_ok=True)
 
     config = json.loads((recipe.base_lm / "config.json").read_text())
     base_lm = BaseLMSpec(
-        id=recipe.base_lm.name, lm_dim=config["hidden_size"], context=config["max_position_embeddings"]
+        id=recipe.base_lm.name,
+        lm_dim=config["hidden_size"],
+        context=config["max_position_embeddings"],
+        image_token_id=recipe.image_token_id,
     )
     projector = Projector(recipe.tower.width, recipe.projector_hidden, base_lm.lm_dim)
     projector.load_state_dict(state["projector"])

@@ -207,7 +207,7 @@ def make_assistant(
             "digest": _digest(directory / "projector.safetensors"),
             "hidden": 8,
         },
-        "base_lm": {"id": "tiny", "lm_dim": lm_dim, "context": CONTEXT},
+        "base_lm": {"id": "tiny", "lm_dim": lm_dim, "context": CONTEXT, "image_token_id": 16},
         "lora": lora,
         "chat_template": "chat_template.jinja",
     }
