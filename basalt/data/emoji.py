@@ -2,8 +2,8 @@
 
 A set is an unpacked `@iconify-json/*` npm package (noto, openmoji, twemoji, …): `icons.json` holds SVG bodies
 by name and `chars.json` the name of each Unicode code point, so one table of characters names the pictures of
-every vendor. Some packages (emojione, noto-v1) leave `chars.json` empty but use the same names: they are looked up
-in the tables of the packages given beside them.
+every vendor. Some packages (emojione, noto-v1, streamline-emojis) leave `chars.json` empty but use the same names,
+fxemoji without their hyphens: they are looked up in the tables of the packages given beside them.
 """
 
 import io
@@ -160,10 +160,12 @@ def load_emoji(packages: list[Path], *, size: int = 192) -> dict[str, list[Image
     for package, own in zip(packages, tables, strict=True):
         names = own or shared
         icons = json.loads((package / "icons.json").read_text())
+        known = {name.replace("-", ""): name for name in (*icons.get("aliases", {}), *icons["icons"])}
         for nouns in CLASSES.values():
             for noun, characters in nouns.items():
                 for character in characters:
-                    icon = _icon(icons, names.get(f"{ord(character):x}"))
+                    name = names.get(f"{ord(character):x}", "")
+                    icon = _icon(icons, known.get(name.replace("-", "")))
                     if icon is not None:
                         pictures[noun].append(_render(icon, icons, size))
     return {noun: images for noun, images in pictures.items() if images}
