@@ -15,6 +15,10 @@ from basalt.data.readers import PLACEHOLDER
 
 IGNORE = -100  # cross_entropy's own mark for "no label"
 
+# Between two characters: they are never one token. Invisible (Unicode's "invisible separator"), and not itself
+# learned or shown, so that a word read off a picture is written letter by letter and still comes out as a word.
+SPELLED = "\u2063"
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -90,13 +94,15 @@ class Tokenizer:
             if number:
                 tokens += [(self.image_token_id, offset, offset)] * self.visual_tokens
                 offset += len(PLACEHOLDER)
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            spans = encoded["offset_mapping"]
-            tokens += [
-                (token, offset + start, offset + end)
-                for token, (start, end) in zip(encoded["input_ids"], spans, strict=True)
-            ]
-            offset += len(text)
+            for piece in text.split(SPELLED):
+                encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+                spans = encoded["offset_mapping"]
+                tokens += [
+                    (token, offset + start, offset + end)
+                    for token, (start, end) in zip(encoded["input_ids"], spans, strict=True)
+                ]
+                offset += len(piece) + len(SPELLED)
+            offset -= len(SPELLED)
         return tokens
 
 

@@ -7,6 +7,7 @@ of the words is kept for it.
 """
 
 import json
+import math
 import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -15,9 +16,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
-from basalt.data.emoji import MASS, PLURAL_ONLY, indefinite, load_emoji, plural
+from basalt.data.emoji import CATEGORY, MASS, PLURAL_ONLY, indefinite, load_emoji, plural
+from basalt.data.preprocess import SPELLED
 from basalt.data.readers import PLACEHOLDER
 
 Split = Literal["train", "test"]
@@ -55,11 +57,15 @@ ASK: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+Box = tuple[str, float, float, float, float]  # what it shows; left, top, right, bottom in pixels, on file in shares
+
+
 @dataclass
 class Scene:
-    """A picture and the questions asked about it: (kind, question, answer, gold)."""
+    """A picture, what stands where in it, and the questions asked about it: (kind, question, answer, gold)."""
 
     image: Image.Image
+    boxes: list[Box] = field(default_factory=list)
     questions: list[tuple[str, str, str, str]] = field(default_factory=list)
 
 
@@ -70,24 +76,27 @@ class Material:
     emoji: dict[str, list[Image.Image]]
     fonts: list[Path]
     words: list[str]
+    vary: bool = False  # mirror and tint the emoji, soften the words: more vendors and cameras than there are
 
 
 def make_scenes(
     out: Path, *, emoji: list[Path], fonts: list[Path], count: int, seed: int, split: Split = "train", workers: int = 2
 ) -> Path:
-    """Draws `count` scenes into `out/images` and writes `out/scenes.json`.
+    """Draws `count` scenes into `out/images` and writes `out/scenes.json` and `out/boxes.json`.
 
     Args:
         emoji: unpacked emoji packages (see `basalt.data.emoji`).
         fonts: TrueType or OpenType files for words.
 
     Returns:
-        The path of the JSON. The same arguments give the same files.
+        The path of the rows. The same arguments give the same files.
     """
     (out / "images").mkdir(parents=True, exist_ok=True)
     draw = partial(_draw_one, out, tuple(emoji), tuple(fonts), seed, split)
     with ProcessPoolExecutor(workers) as pool:
-        rows = [row for scene in pool.map(draw, range(count), chunksize=50) for row in scene]
+        drawn = list(pool.map(draw, range(count), chunksize=50))
+    rows = [row for scene_rows, _ in drawn for row in scene_rows]
+    (out / "boxes.json").write_text(json.dumps({rows_[0]["image"]: boxes for rows_, boxes in drawn}))
     target = out / "scenes.json"
     target.write_text(json.dumps(rows))
     return target
@@ -106,19 +115,19 @@ def _words() -> list[str]:
 @cache
 def _material(emoji: tuple[Path, ...], fonts: tuple[Path, ...], split: Split) -> Material:
     words = [word for word in _words() if split == "test" or word not in held_out_words()]
-    return Material(load_emoji(list(emoji)), list(fonts), words)
+    return Material(load_emoji(list(emoji)), list(fonts), words, vary=split == "train")
 
 
 def _draw_one(
     out: Path, emoji: tuple[Path, ...], fonts: tuple[Path, ...], seed: int, split: Split, number: int
-) -> list[dict[str, str | list[dict[str, str]]]]:
+) -> tuple[list[dict[str, str | list[dict[str, str]]]], list[Box]]:
     rng = random.Random(f"{seed}/{split}/{number}")
     material = _material(emoji, fonts, split)
     kinds: list[Callable[[Material, Split, random.Random], Scene]] = [word, thing, group, pair, shapes, chart]
-    scene = rng.choices(kinds, weights=(30, 17, 20, 13, 13, 7))[0](material, split, rng)
+    scene = rng.choices(kinds, weights=(36, 20, 18, 10, 10, 6))[0](material, split, rng)
     name = f"images/{split}-{seed}-{number:06d}.jpg"
     scene.image.save(out / name, quality=90)
-    return [
+    rows: list[dict[str, str | list[dict[str, str]]]] = [
         {
             "id": f"{split}-{seed}-{number:06d}-{index}",
             "image": name,
@@ -131,6 +140,7 @@ def _draw_one(
         }
         for index, (kind, question, answer, gold) in enumerate(scene.questions)
     ]
+    return rows, [(label, *(round(edge / SIZE, 4) for edge in edges)) for label, *edges in scene.boxes]
 
 
 def word(material: Material, split: Split, rng: random.Random) -> Scene:
@@ -146,18 +156,30 @@ def word(material: Material, split: Split, rng: random.Random) -> Scene:
     left, top, right, bottom = font.getbbox(drawn)
     label = Image.new("RGBA", (int(right - left) + 24, int(bottom - top) + 20), (*COLOURS[paper], 255))
     ImageDraw.Draw(label).text((12 - left, 10 - top), drawn, font=font, fill=COLOURS[ink])
-    label = label.rotate(rng.uniform(-6, 6), Image.Resampling.BICUBIC, expand=True)
+    flat, angle = label.size, rng.uniform(-6, 6)
+    label = label.rotate(angle, Image.Resampling.BICUBIC, expand=True)
     scale = min(1.0, rng.uniform(200, 250) / label.width, 200 / label.height)
     label = label.resize(
         (max(1, round(label.width * scale)), max(1, round(label.height * scale))), Image.Resampling.LANCZOS
     )
-    _paste(image, label, rng.random(), rng.random())
+    corner = _paste(image, label, rng.random(), rng.random())
+    if material.vary and rng.random() < 0.5:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.2)))
     scene = Scene(image)
-    _ask(scene, rng, "read", f'It says "{drawn}".', text)
+    turn = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    for index, letter in enumerate(drawn):
+        begin, end = (12 + font.getlength(drawn[:stop]) for stop in (index, index + 1))
+        x, y = (begin + end - flat[0]) / 2, 0.0  # of the letter's middle from the label's
+        x, y = x * turn[0] + y * turn[1], -x * turn[1] + y * turn[0]
+        x, y = corner[0] + label.width / 2 + x * scale, corner[1] + label.height / 2 + y * scale
+        width, height = (end - begin) * scale / 2, (flat[1] - 20) * scale / 2
+        scene.boxes.append((letter, x - width, y - height, x + width, y + height))
+    _ask(scene, rng, "read", f'It says "{SPELLED.join(drawn)}".', text)
     if split == "train":
-        _ask(scene, rng, "spell", "-".join(drawn), text)
         if rng.random() < 0.3:
-            _ask(scene, rng, "caption", f'The word "{drawn}" in {ink} letters on {paper}.', text)
+            _ask(scene, rng, "spell", "-".join(drawn), text)
+        if rng.random() < 0.3:
+            _ask(scene, rng, "caption", f'The word "{SPELLED.join(drawn)}" in {ink} letters on {paper}.', text)
     _ask(scene, rng, "yesno", *_yes_no(rng, None, [], material), noun=None)
     return scene
 
@@ -165,9 +187,8 @@ def word(material: Material, split: Split, rng: random.Random) -> Scene:
 def thing(material: Material, split: Split, rng: random.Random) -> Scene:
     """One thing, large."""
     noun, picture = _thing(material, rng)
-    image = _ground(split, rng)
-    _place(image, picture, rng.randint(90, 220), rng.random(), rng.random(), rng)
-    scene = Scene(image)
+    scene = Scene(_ground(split, rng))
+    _place(scene, noun, picture, rng.randint(90, 220), rng.random(), rng.random(), rng)
     _ask(scene, rng, "what", indefinite(noun), noun)
     _ask(scene, rng, "caption", f"A picture of {indefinite(noun)}.", noun)
     _ask(scene, rng, "yesno", *_yes_no(rng, noun, [noun], material), noun=None)
@@ -178,20 +199,18 @@ def thing(material: Material, split: Split, rng: random.Random) -> Scene:
 
 def group(material: Material, split: Split, rng: random.Random) -> Scene:
     """One to five of a kind, sometimes with one other thing among them."""
-    noun, _ = _thing(material, rng, countable=True)
-    picture = rng.choice(material.emoji[noun])
+    noun, picture = _thing(material, rng, countable=True)
     number = rng.randint(1, 5)
     other = _thing(material, rng, besides=noun, countable=True) if rng.random() < 0.3 else None
-    image = _ground(split, rng)
+    scene = Scene(_ground(split, rng))
     size = rng.randint(44, 74)
     cells = _cells(number + (other is not None), split, rng)
     for x, y in cells[:number]:
-        _place(image, picture, size + rng.randint(-5, 5), x, y, rng)
+        _place(scene, noun, picture, size + rng.randint(-5, 5), x, y, rng)
     nouns = [noun]
     if other:
-        _place(image, other[1], size, *cells[number], rng)
+        _place(scene, *other, size, *cells[number], rng)
         nouns.append(other[0])
-    scene = Scene(image)
     _ask(scene, rng, "count", NUMBERS[number], NUMBERS[number], noun=noun)
     _ask(scene, rng, "yesno", *_yes_no(rng, rng.choice(nouns), nouns, material), noun=None)
     things = indefinite(noun) if number == 1 else f"{NUMBERS[number]} {plural(noun)}"
@@ -201,7 +220,7 @@ def group(material: Material, split: Split, rng: random.Random) -> Scene:
 
 def pair(material: Material, split: Split, rng: random.Random) -> Scene:
     """Two or three different things in different places."""
-    image = _ground(split, rng)
+    scene = Scene(_ground(split, rng))
     number = rng.randint(2, 3)
     rows = rng.random() < 0.4 and number == 2
     slots = ["at the top", "at the bottom"] if rows else ["on the left", "on the right"]
@@ -216,10 +235,8 @@ def pair(material: Material, split: Split, rng: random.Random) -> Scene:
         jitter = 0.06 if split == "train" else 0.1
         if not rows:
             y += rng.uniform(-0.25, 0.25) if number == 2 else 0.0
-        _place(
-            image, picture, rng.randint(60, 84), x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter), rng
-        )
-    scene = Scene(image)
+        x, y = x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter)
+        _place(scene, noun, picture, rng.randint(60, 84), x, y, rng)
     for noun, place in rng.sample(list(zip(nouns, places, strict=True)), 2):
         _ask(scene, rng, "where", place, place.split()[-1], noun=noun)
     _ask(scene, rng, "yesno", *_yes_no(rng, rng.choice(nouns), nouns, material), noun=None)
@@ -231,14 +248,13 @@ def pair(material: Material, split: Split, rng: random.Random) -> Scene:
 def shapes(material: Material, split: Split, rng: random.Random) -> Scene:
     """One to three coloured shapes."""
     ground = rng.choice(["white", "black", "grey"])
-    image = _ground(split, rng, ground)
+    scene = Scene(_ground(split, rng, ground))
     kinds = rng.sample(SHAPES, rng.randint(1, 3))
     colours = rng.sample([colour for colour in COLOURS if colour != ground], len(kinds))
     cells = _cells(len(kinds), split, rng)
     size = rng.randint(60, 90) if len(kinds) > 1 else rng.randint(80, 150)
     for kind, colour, (x, y) in zip(kinds, colours, cells, strict=True):
-        _place(image, shape(kind, COLOURS[colour]), size, x, y, rng, turn=8)
-    scene = Scene(image)
+        _place(scene, f"{colour} {kind}", shape(kind, COLOURS[colour]), size, x, y, rng, turn=8)
     for kind, colour in zip(kinds, colours, strict=True):
         _ask(scene, rng, "colour", colour, colour, noun=kind)
     if len(kinds) == 1:
@@ -254,8 +270,8 @@ def shapes(material: Material, split: Split, rng: random.Random) -> Scene:
 
 def chart(material: Material, split: Split, rng: random.Random) -> Scene:
     """Two to five coloured bars of different heights."""
-    image = _ground(split, rng, "white")
-    draw = ImageDraw.Draw(image)
+    scene = Scene(_ground(split, rng, "white"))
+    draw = ImageDraw.Draw(scene.image)
     number = rng.randint(2, 5)
     colours = rng.sample([colour for colour in COLOURS if colour != "white"], number)
     heights = rng.sample(range(30, 201, 26), number)
@@ -264,8 +280,9 @@ def chart(material: Material, split: Split, rng: random.Random) -> Scene:
     draw.line([(14, 226), (242, 226)], fill=(60, 60, 60), width=3)
     for index, (colour, height) in enumerate(zip(colours, heights, strict=True)):
         left = 18 + index * pitch + pitch * gap / 2
-        draw.rectangle((left, 225 - height, left + pitch * (1 - gap), 225), fill=COLOURS[colour])
-    scene = Scene(image)
+        edges = (left, 225 - height, left + pitch * (1 - gap), 225)
+        draw.rectangle(edges, fill=COLOURS[colour])
+        scene.boxes.append((f"{colour} bar", *edges))
     tallest, shortest = colours[heights.index(max(heights))], colours[heights.index(min(heights))]
     _ask(scene, rng, "tallest", f"the {tallest} bar", tallest, kind_as="chart")
     _ask(scene, rng, "shortest", f"the {shortest} bar", shortest, kind_as="chart")
@@ -321,14 +338,17 @@ def _ask(
 def _yes_no(rng: random.Random, present: str | None, all_present: list[str], material: Material) -> tuple[str, str]:
     """An answer, and gold with the noun asked for; absent nouns are as likely as present ones.
 
-    Writing is asked after in scenes with and without it, so that the question does not give the answer away.
+    Writing is asked after in scenes with and without it, so that the question does not give the answer away. Some of
+    what is absent is of the same category as what is there.
     """
     writing = rng.choice(["a word", "text", "some writing"])
     if rng.random() < 0.5:
         return "yes", f"yes:{writing if present is None else indefinite(present)}"
     if present is not None and rng.random() < 0.3:
         return "no", f"no:{writing}"
-    absent = rng.choice([noun for noun in material.emoji if noun not in all_present])
+    others = [noun for noun in material.emoji if noun not in all_present]
+    alike = [noun for noun in others if present is not None and CATEGORY.get(noun) == CATEGORY.get(present)]
+    absent = rng.choice(alike if alike and rng.random() < 0.4 else others)
     return "no", f"no:{indefinite(absent)}"
 
 
@@ -341,7 +361,19 @@ def _thing(
 ) -> tuple[str, Image.Image]:
     nouns = [noun for noun in material.emoji if noun != besides and (not countable or _countable(noun))]
     noun = rng.choice(nouns)
-    return noun, rng.choice(material.emoji[noun])
+    picture = rng.choice(material.emoji[noun])
+    return noun, _varied(picture, rng) if material.vary else picture
+
+
+def _varied(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """Mirrored or not, a little duller or brighter, more or less colourful."""
+    if rng.random() < 0.5:
+        picture = ImageOps.mirror(picture)
+    alpha, plain = picture.getchannel("A"), picture.convert("RGB")
+    for enhancer in (ImageEnhance.Color, ImageEnhance.Brightness, ImageEnhance.Contrast):
+        plain = enhancer(plain).enhance(rng.uniform(0.7, 1.3))
+    plain.putalpha(alpha)
+    return plain
 
 
 def _contrasting(rng: random.Random) -> tuple[str, str]:
@@ -390,9 +422,17 @@ def _cells(number: int, split: Split, rng: random.Random) -> list[tuple[float, f
 
 
 def _place(
-    image: Image.Image, picture: Image.Image, size: int, x: float, y: float, rng: random.Random, *, turn: float = 15
+    scene: Scene,
+    label: str,
+    picture: Image.Image,
+    size: int,
+    x: float,
+    y: float,
+    rng: random.Random,
+    *,
+    turn: float = 15,
 ) -> None:
-    """Pastes a picture with its middle at (x, y) of the image, turned a little, kept inside."""
+    """Pastes a picture with its middle at (x, y) of the scene, turned a little, kept inside, and notes its box."""
     scale = size / max(picture.size)
     small = picture.resize(
         (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.LANCZOS
@@ -401,9 +441,12 @@ def _place(
         small = small.rotate(rng.uniform(-turn, turn), Image.Resampling.BICUBIC, expand=True)
     left = min(max(round(x * SIZE - small.width / 2), 0), max(SIZE - small.width, 0))
     top = min(max(round(y * SIZE - small.height / 2), 0), max(SIZE - small.height, 0))
-    image.paste(small, (left, top), small)
+    scene.image.paste(small, (left, top), small)
+    scene.boxes.append((label, left, top, left + small.width, top + small.height))
 
 
-def _paste(image: Image.Image, label: Image.Image, x: float, y: float) -> None:
-    """Pastes a label at the share (x, y) of the room around it."""
-    image.paste(label, (round(x * max(SIZE - label.width, 0)), round(y * max(SIZE - label.height, 0))), label)
+def _paste(image: Image.Image, label: Image.Image, x: float, y: float) -> tuple[int, int]:
+    """Pastes a label at the share (x, y) of the room around it; returns its left top corner."""
+    corner = round(x * max(SIZE - label.width, 0)), round(y * max(SIZE - label.height, 0))
+    image.paste(label, corner, label)
+    return corner

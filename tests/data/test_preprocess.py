@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from basalt.data.preprocess import IGNORE, TEMPLATES, Sample, Tokenizer
+from basalt.data.preprocess import IGNORE, SPELLED, TEMPLATES, Sample, Tokenizer
 from tests.tiny_lm import END, IMAGE_TOKEN_ID, make_tokenizer
 
 VISUAL_TOKENS = 5
@@ -145,3 +145,20 @@ def test_nothing_to_learn_is_refused(tokenizer: Tokenizer) -> None:
     unmarked = Tokenizer(make_tokenizer(), "{% for m in messages %}{{ m['content'] }}{% endfor %}", IMAGE_TOKEN_ID, 5)
     with pytest.raises(ValueError, match="generation"):
         unmarked.sample(CONVERSATIONS["text only"])
+
+
+def test_spelled_words_are_tokens_a_letter_and_leave_no_trace() -> None:
+    """With a tokenizer that merges: `ab` is one token, unless it is spelled."""
+    merging = make_tokenizer()
+    merging.add_tokens(["ab"])
+    tokenizer = Tokenizer(merging, (TEMPLATES / "chatml.jinja").read_text(), IMAGE_TOKEN_ID, VISUAL_TOKENS)
+
+    def learned(answer: str) -> list[str]:
+        messages = [
+            {"role": "user", "content": [IMAGE, text("What does it say?")]},
+            {"role": "assistant", "content": answer},
+        ]
+        return [merging.decode([label]) for label in tokenizer.sample(messages).labels if label != IGNORE]
+
+    assert learned('"ab".') == ['"', "ab", '"', ".", "<|im_end|>"]
+    assert learned(f'"a{SPELLED}b".') == ['"', "a", "b", '"', ".", "<|im_end|>"]

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from basalt.data.emoji import MASS, PLURAL_ONLY, indefinite, load_emoji
+from basalt.data.preprocess import SPELLED
 from basalt.data.readers import read_rows
 from basalt.data.scenes import (
     COLOURS,
@@ -30,7 +31,7 @@ from basalt.data.scenes import (
 )
 from tests.data.conftest import CAT, DISC
 
-SCENES = 150
+SCENES = 220
 KINDS = {"what", "count", "colour", "where", "yesno", "read", "spell", "chart", "caption"}
 
 
@@ -67,7 +68,7 @@ def test_every_row_is_llava_json_over_a_square_jpeg(drawn: dict[str, Path]) -> N
             assert read.image == row["image"]
             assert read.messages[1]["content"] == answer
             if row["kind"] not in ("where", "spell", "yesno"):
-                assert row["gold"].lower() in answer.lower()
+                assert row["gold"].lower() in answer.replace(SPELLED, "").lower()
 
 
 def test_same_arguments_same_bytes_and_another_seed_others(package: Path, font: Path, tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_same_arguments_same_bytes_and_another_seed_others(package: Path, font: 
         return {file.name: file.read_bytes() for file in (tmp_path / name).rglob("*.j*")}
 
     first = make("first", 3, 2)
-    assert len(first) == 61
+    assert len(first) == 62  # 60 pictures, the rows and the boxes
     assert make("again", 3, 1) == first
     assert make("other", 4, 1)["scenes.json"] != first["scenes.json"]
 
@@ -107,15 +108,46 @@ def test_yes_and_no_are_about_as_frequent_and_asked_of_the_same_nouns(drawn: dic
 def test_a_word_is_answered_as_it_is_drawn(material: Material) -> None:
     cases = set()
     for seed in range(30):
-        questions = {
-            kind: (answer, gold) for kind, _, answer, gold in word(material, "train", random.Random(seed)).questions
-        }
+        scene = word(material, "train", random.Random(seed))
+        questions = {kind: (answer, gold) for kind, _, answer, gold in scene.questions}
         says, gold = questions["read"]
-        text = says.removeprefix('It says "').removesuffix('".')
+        letters = says.removeprefix('It says "').removesuffix('".').split(SPELLED)
+        text = "".join(letters)
         cases.add((text.isupper(), text.islower()))
         assert text.lower() == gold
-        assert questions["spell"] == ("-".join(text), gold)
+        assert max(map(len, letters)) == 1, "it is learned letter by letter"
+        assert questions.get("spell", ("-".join(text), gold)) == ("-".join(text), gold)
+        assert [label for label, *_ in scene.boxes] == letters
     assert len(cases) == 3, "capitals, lower case and capitalised all occur"
+
+
+def test_boxes_hold_what_they_name(material: Material) -> None:
+    """Shapes fill their boxes, and a letter's ink lies in its own."""
+    for seed in range(20):
+        scene = shapes(material, "train", random.Random(seed))
+        for label, left, top, right, bottom in scene.boxes:
+            colour = near(scene.image, COLOURS[label.split()[0]])
+            inside = colour[int(top) : int(bottom), int(left) : int(right)].sum()
+            assert inside > 0.95 * colour.sum()
+            assert inside > 0.15 * (right - left) * (bottom - top)
+        scene = word(material, "train", random.Random(seed))
+        grey = np.asarray(scene.image.convert("L"), dtype=int)
+        for _, left, top, right, bottom in scene.boxes:
+            assert 0 <= left < right <= SIZE + 1
+            assert 0 <= top < bottom <= SIZE + 1
+            letter = grey[int(top) : int(bottom) + 1, int(left) : int(right) + 1]
+            assert np.ptp(letter) > 30, "ink on paper"
+
+
+def test_boxes_on_file_are_shares_of_the_picture(drawn: dict[str, Path]) -> None:
+    boxes = json.loads((drawn["train"] / "boxes.json").read_text())
+    assert list(boxes) == sorted({row["image"] for row in rows_of(drawn["train"])})
+    for inside in boxes.values():
+        assert inside
+        for label, left, top, right, bottom in inside:
+            assert label
+            assert -0.1 < left < right < 1.1
+            assert -0.1 < top < bottom < 1.1
 
 
 def test_what_and_count_agree_on_one_thing(material: Material) -> None:
