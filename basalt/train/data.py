@@ -1,5 +1,6 @@
 """The rows of a recipe, tokenised and grouped once, and dealt out epoch by epoch, always in the same order."""
 
+import json
 import random
 from dataclasses import dataclass
 
@@ -9,10 +10,14 @@ from torch import Tensor
 from basalt.data.packing import Group, Packed, fill_rows, group_samples, pack
 from basalt.data.preprocess import Sample, Tokenizer
 from basalt.data.readers import DataError, ImageSource, Row, read_rows
+from basalt.data.scenes import Box
 from basalt.train.features import FeatureCache, cached_features
 from basalt.train.recipe import DataSource, Recipe
 
 MAX_DROPPED = 0.05  # a data set that loses more than this share of its rows is not what its owner thinks it is
+
+LENGTH_STEP = 32  # tokens
+WINDOW = 16  # passes whose rows are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,7 @@ class Source:
     groups: list[Group]
     weight: float
     features: FeatureCache | None
+    boxes: dict[str, list[Box]]  # image name → what stands where; empty where that is not known
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> Source:
             f" longer than row_length = {recipe.row_length} tokens; at most {MAX_DROPPED:.0%} may be dropped"
         )
     print(f"{source.rows.name}: {len(rows)} rows in {len(groups)} groups; dropped {broken} broken, {too_long} too long")
-    return Source(groups, source.weight, cache)
+    boxes = {} if source.boxes is None else json.loads(source.boxes.read_text())
+    return Source(groups, source.weight, cache, boxes)
 
 
 def _tokenise(rows: list[Row], tokenizer: Tokenizer) -> list[tuple[Row, Sample]]:
@@ -69,7 +76,7 @@ class Dealer:
         self.recipe = recipe
         self.pad_id = pad_id
         self._epoch = -1
-        self._rows: list[list[Group]] = []
+        self._passes: list[list[list[Group]]] = []
         self._home = {id(group): source for source in sources for group in source.groups}
 
     def step(self, number: int) -> list[Batch]:
@@ -77,15 +84,18 @@ class Dealer:
         per_epoch = self._steps_per_epoch()
         epoch, offset = divmod(number, per_epoch)
         if epoch != self._epoch:
-            self._rows, self._epoch = self._deal(epoch), epoch
-        size, per_pass = self.recipe.rows_per_step, self.recipe.rows_per_pass
-        begin = min(offset * size, max(len(self._rows) - size, 0))  # packing varies a little from epoch to epoch
-        rows = self._rows[begin : begin + size]
-        return [self.batch(rows[at : at + per_pass]) for at in range(0, len(rows), per_pass)]
+            self._passes, self._epoch = self._deal(epoch), epoch
+        size = self.recipe.passes_per_step
+        begin = min(offset * size, max(len(self._passes) - size, 0))  # packing varies a little from epoch to epoch
+        return [self.batch(rows) for rows in self._passes[begin : begin + size]]
 
     def batch(self, rows: list[list[Group]]) -> Batch:
-        """Rows of groups as tensors, with the features of their images in order."""
-        length = max(sum(map(len, row)) for row in rows)  # no longer than its longest row
+        """Rows of groups as tensors, with the features of their images in order.
+
+        As long as the longest row, rounded up: few lengths, so that what is compiled or allocated for one fits again.
+        """
+        longest = max(_length(row) for row in rows)
+        length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.recipe.row_length)
         packed = pack(rows, length, self.pad_id)
         shown = [group for row in rows for group in row if group.image is not None]
         if not shown:
@@ -98,16 +108,28 @@ class Dealer:
         return cache[group.image]
 
     def _steps_per_epoch(self) -> int:
-        if not self._rows:
-            self._rows, self._epoch = self._deal(0), 0
-            self._per_epoch = max(len(self._rows) // self.recipe.rows_per_step, 1)
+        if not self._passes:
+            self._passes, self._epoch = self._deal(0), 0
+            self._per_epoch = max(len(self._passes) // self.recipe.passes_per_step, 1)
         return self._per_epoch
 
-    def _deal(self, epoch: int) -> list[list[Group]]:
+    def _deal(self, epoch: int) -> list[list[list[Group]]]:
+        """The passes of an epoch: rows of like lengths together, so that little is padded, in random order."""
         rng = random.Random(f"{self.recipe.seed}/{epoch}")
         chosen: list[Group] = []
         for source in self.sources:
             whole, rest = divmod(source.weight, 1)
             chosen += source.groups * int(whole)
             chosen += rng.sample(source.groups, round(rest * len(source.groups)))
-        return fill_rows(chosen, self.recipe.row_length, rng)
+        rows = fill_rows(chosen, self.recipe.row_length, rng)
+        size = self.recipe.rows_per_pass
+        passes: list[list[list[Group]]] = []
+        for start in range(0, len(rows), WINDOW * size):
+            window = sorted(rows[start : start + WINDOW * size], key=_length)
+            passes += [window[at : at + size] for at in range(0, len(window), size)]
+        rng.shuffle(passes)
+        return passes
+
+
+def _length(row: list[Group]) -> int:
+    return sum(map(len, row))

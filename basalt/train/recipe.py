@@ -38,6 +38,13 @@ class DataSource(_Part):
     images: ExpandedPath | None = None
     weight: float = Field(default=1.0, gt=0)  # share of its groups seen in an epoch; 2.0 is twice, 0.5 half
     prompts: list[str] = ["Describe the image."]  # what a caption answers
+    boxes: ExpandedPath | None = None  # what stands where in the images, for grounding
+
+
+class Grounding(_Part):
+    steps: int = Field(gt=0)
+    images_per_step: int = Field(default=64, gt=0)
+    learning_rate: float = Field(default=2e-3, gt=0)
 
 
 class LoRA(_Part):
@@ -47,7 +54,7 @@ class LoRA(_Part):
 
 
 class Recipe(_Part):
-    """Both stages' fields; stage 1 has no `lora` and no `start`."""
+    """Both stages' fields; stage 1 has no `lora` and no `start`, stage 2 no `grounding`."""
 
     tower: TowerSpec
     base_lm: ExpandedPath
@@ -57,11 +64,12 @@ class Recipe(_Part):
     data: list[DataSource] = Field(min_length=1)
     held_out: DataSource | None = None  # its loss is printed as training goes
     start: ExpandedPath | None = None  # a stage 1 run whose projector is trained on
+    grounding: Grounding | None = None
     lora: LoRA | None = None
     projector_learning_rate: float = Field(gt=0)
     steps: int = Field(gt=0)
-    rows_per_step: int = Field(gt=0)
-    rows_per_pass: int = Field(default=8, gt=0)  # fits memory; the step adds up its passes
+    rows_per_pass: int = Field(gt=0)  # run through the model together; fits memory
+    passes_per_step: int = Field(default=1, gt=0)  # whose gradients are added up
     row_length: int = Field(gt=0)  # tokens
     warmup: float = Field(default=0.03, ge=0, lt=1)  # share of steps
     decay: float = Field(default=1.0, gt=0, le=1)  # last share of steps on the cosine; 1.0 is LLaVA-1.5's plain cosine

@@ -1,11 +1,13 @@
 """Stage 1, alignment: the projector alone learns to speak the base LM's language, on captions.
 
-LLaVA-1.5's recipe (Liu et al. 2023): tower and LM frozen, lr 1e-3, cosine, warm-up 3 %.
+LLaVA-1.5's recipe (Liu et al. 2023): tower and LM frozen, lr 1e-3, cosine, warm-up 3 %. A recipe may have the
+projector grounded first (see `basalt.train.grounding`).
 """
 
 from pathlib import Path
 
 from basalt.model.multimodal_llama import MultimodalLlama
+from basalt.train.grounding import Grounder
 from basalt.train.loop import MasterAdamW, Run, named
 from basalt.train.recipe import Recipe, RecipeError
 
@@ -15,6 +17,10 @@ def train_stage1(recipe: Recipe, directory: Path) -> None:
     if recipe.lora or recipe.start:
         raise RecipeError("stage 1 trains a fresh projector alone: `lora` and `start` belong to stage 2")
     run = Run(recipe, directory)
+    if recipe.grounding is not None and not run.checkpoint.is_file():
+        embeddings = run.lm.get_input_embeddings().weight.detach()
+        grounder = Grounder(run.dealer.sources, recipe.tower, embeddings, run.tokenizer.tokenizer)
+        grounder.train(run.projector, run.standardizer, recipe.grounding, recipe.seed)
     model = MultimodalLlama(None, run.projector, run.lm, recipe.image_token_id)
     projector = named(run.projector.named_parameters())
     run.train(model, MasterAdamW([(projector, recipe.projector_learning_rate)], recipe.weight_decay))

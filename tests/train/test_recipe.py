@@ -24,7 +24,7 @@ GOOD: dict[str, Any] = {
     "data": [{"rows": "$BASALT_TEST_DATA/rows.json", "images": "${BASALT_TEST_DATA}/images"}],
     "projector_learning_rate": 1e-3,
     "steps": 10,
-    "rows_per_step": 2,
+    "rows_per_pass": 2,
     "row_length": 320,
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from basalt.model.projector import load_projector
 from basalt.train.data import Dealer
 from basalt.train.loop import MasterAdamW, Run, rate_factor
 from basalt.train.publish import publish
-from basalt.train.recipe import Recipe
+from basalt.train.recipe import Recipe, RecipeError
 from basalt.train.stage1_align import train_stage1
 from basalt.train.stage2_instruct import train_stage2
 from tests.tiny_lm import make_lm
@@ -156,8 +157,23 @@ def test_publishing_needs_a_checkpoint(stage1: Recipe, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "recipe.json").write_text(stage1.model_dump_json())
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
         publish(run, "tiny", tmp_path / "models", {})
+
+
+def test_an_unfinished_stage_2_is_not_published(stage2: Recipe, instructed: Path, tmp_path: Path) -> None:
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    for name in ("recipe.json", "checkpoint.pt"):
+        (unfinished / name).write_bytes((instructed / name).read_bytes())
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        publish(unfinished, "tiny", tmp_path / "models", {})
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_run_is_not_gone_on_with_by_another_recipe(stage1: Recipe, aligned: Path) -> None:
+    with pytest.raises(RecipeError, match=r"projector_learning_rate: 0\.003 before, 0\.1 now"):
+        train_stage1(stage1.model_copy(update={"projector_learning_rate": 0.1}), aligned)
 
 
 def test_a_data_set_with_many_broken_images_is_refused(stage1: Recipe, data: Path, tmp_path: Path) -> None:
@@ -208,3 +224,24 @@ def test_steps_too_small_for_bf16_add_up() -> None:
         parameter.grad = torch.ones_like(parameter)
         optimizer.step(1.0, clip=1.0)
     assert parameter[0].item() == pytest.approx(0.98, abs=0.004)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+def test_compiled_training_is_the_same_training(
+    stage2: Recipe, aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = stage2.model_copy(update={"start": aligned})
+    train_stage2(recipe, tmp_path / "plain")
+    monkeypatch.setattr("basalt.train.loop.COMPILE_FROM", 1)
+    train_stage2(recipe, tmp_path / "compiled")
+    plain, compiled = log(tmp_path / "plain"), log(tmp_path / "compiled")
+    assert compiled[-1]["loss"] == pytest.approx(plain[-1]["loss"], rel=0.01)
+    assert compiled[-1]["held_out_loss"] == pytest.approx(plain[-1]["held_out_loss"], rel=0.01)
+
+
+def test_passes_hold_rows_of_like_length(stage2: Recipe, aligned: Path, tmp_path: Path) -> None:
+    dealer = Run(stage2.model_copy(update={"start": aligned}), tmp_path / "run").dealer
+    for batch in dealer.step(0) + dealer.step(1):
+        used = int((batch.packed.groups >= 0).sum(1).max())
+        assert used <= batch.packed.ids.shape[1] < used + 32

@@ -1,0 +1,188 @@
+"""Grounding, how stage 1 begins: the projector learns what stands where before anything is run through the LM.
+
+In a drawn scene it is known what every visual token shows: the box it lies in, or bare ground. The token is
+trained to point to the base LM's own embeddings of those words (or of that letter), so that the frozen LM is
+handed a picture as the words it shows. A photo has no boxes: the words of its answers must be found somewhere
+among its tokens (multiple-instance learning; Maron & Lozano-Pérez 1998). No LM is run, so an image costs some
+fiftieth of what it costs in the stages.
+"""
+
+import math
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from basalt.assistants import TowerSpec
+from basalt.data.preprocess import IGNORE
+from basalt.data.scenes import Box
+from basalt.model.projector import Projector
+from basalt.train.data import Source
+from basalt.train.features import FeatureCache
+from basalt.train.loop import MasterAdamW
+from basalt.train.recipe import Grounding
+
+GROUND = "background"  # the word for a token that lies in no box
+COVERED = 0.35  # a box is a token's content where they overlap by this share of the smaller side, both ways
+SHARPNESS = 20.0  # cosines → logits
+COMMON, RARE = 0.12, 8  # words in more than this share, or in fewer than this many, of the photos tell nothing
+PHOTO_WEIGHT, LENGTH_WEIGHT = 0.3, 0.1
+
+Content = list[tuple[int, int, float]]  # (visual token, vocabulary id, share); a token's shares add up to 1
+
+
+@dataclass(frozen=True)
+class Photo:
+    features: FeatureCache
+    name: str
+    words: list[tuple[int, float]]  # vocabulary id → share
+
+
+def cell_contents(boxes: list[Box], side: int, ids_of: dict[str, list[int]]) -> Content:
+    """What each visual token of a `side` × `side` grid shows, each box by the area it covers."""
+    shown: list[Counter[int]] = [Counter() for _ in range(side * side)]
+    for label, left, top, right, bottom in boxes:
+        for cell, counter in enumerate(shown):
+            row, column = divmod(cell, side)
+            width = min(right, (column + 1) / side) - max(left, column / side)
+            height = min(bottom, (row + 1) / side) - max(top, row / side)
+            if width > COVERED * min(1 / side, right - left) and height > COVERED * min(1 / side, bottom - top):
+                for token in ids_of[label]:
+                    counter[token] += width * height / len(ids_of[label])
+    content: Content = []
+    for cell, counter in enumerate(shown):
+        counter = counter or Counter({ids_of[GROUND][0]: 1.0})
+        content += [(cell, token, area / counter.total()) for token, area in counter.items()]
+    return content
+
+
+class Grounder:
+    """The objective over one recipe's sources.
+
+    Args:
+        embeddings: the base LM's, `[vocab, lm_dim]`.
+        tokenizer: the base LM's.
+
+    Raises:
+        ValueError: no source has boxes.
+    """
+
+    def __init__(self, sources: list[Source], tower: TowerSpec, embeddings: Tensor, tokenizer: Any) -> None:
+        side = math.isqrt(tower.tokens)
+        labels = {label for source in sources for boxes in source.boxes.values() for label, *_ in boxes}
+        if not labels:
+            raise ValueError("grounding needs a data source with `boxes`")
+        # A letter stands alone, as it does where a word is spelled; a word begins with its space.
+        ids_of = {
+            label: tokenizer(label if len(label) == 1 else f" {label}", add_special_tokens=False).input_ids
+            for label in sorted({*labels, GROUND})
+        }
+        self.scenes = [
+            (source.features, name, cell_contents(boxes, side, ids_of))
+            for source in sources
+            if source.features is not None
+            for name, boxes in source.boxes.items()
+            if name in source.features
+        ]
+        self.photos = _photos([source for source in sources if not source.boxes], tokenizer)
+        vocabulary = sorted(
+            {token for ids in ids_of.values() for token in ids}
+            | {token for photo in self.photos for token, _ in photo.words}
+        )
+        self.column = {token: column for column, token in enumerate(vocabulary)}
+        self.mean = embeddings.float().mean(0)
+        centred = embeddings[vocabulary].float() - self.mean
+        self.length = float(centred.norm(dim=1).mean())
+        self.words = normalize(centred, dim=1).to(embeddings.dtype)  # [V, lm_dim]
+
+    def scores(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Visual tokens `[N, tokens, lm_dim]` → log-probabilities `[N, tokens, V]` of the words, and how far the
+        tokens are from the words' usual length."""
+        pointing = visual - self.mean.to(visual)
+        off = (pointing.float().norm(dim=-1) / self.length - 1).square().mean()
+        logits = SHARPNESS * normalize(pointing, dim=-1) @ self.words.T
+        return logits.float().log_softmax(-1), off
+
+    def scene_loss(self, log_probabilities: Tensor, contents: list[Content]) -> Tensor:
+        """Cross-entropy of each visual token with what it shows."""
+        image, cell, word, share = zip(
+            *(
+                (index, cell, self.column[token], share)
+                for index, content in enumerate(contents)
+                for cell, token, share in content
+            ),
+            strict=True,
+        )
+        found = log_probabilities[list(image), list(cell), list(word)]
+        return -(found * torch.tensor(share)).sum() / (len(contents) * log_probabilities.shape[1])
+
+    def photo_loss(self, log_probabilities: Tensor, photos: list[Photo]) -> Tensor:
+        """Each word of a photo's answers must be what some of its tokens show."""
+        shown = log_probabilities.exp().mean(1)  # [N, V]
+        losses = []
+        for index, photo in enumerate(photos):
+            columns = [self.column[token] for token, _ in photo.words]
+            shares = torch.tensor([share for _, share in photo.words])
+            losses.append(-(shown[index, columns].clamp(min=1e-6).log() * shares).sum())
+        return torch.stack(losses).mean()
+
+    def train(self, projector: Projector, standardizer: torch.nn.Module, grounding: Grounding, seed: int) -> None:
+        """Trains the projector, bf16, in place; cosine to zero after a short warm-up."""
+        with torch.no_grad():
+            projector.linear_2.bias.copy_(self.mean)
+        optimizer = MasterAdamW([(list(projector.parameters()), grounding.learning_rate)], weight_decay=0.01)
+        rng = random.Random(seed)
+        sums = [0.0, 0.0]
+        for step in range(grounding.steps):
+            scenes = rng.sample(self.scenes, min(grounding.images_per_step, len(self.scenes)))
+            photos = rng.sample(self.photos, min(grounding.images_per_step // 2, len(self.photos)))
+            features = torch.stack([cache[name] for cache, name, _ in scenes])
+            log_probabilities, off = self.scores(projector(standardizer(features).to(projector.linear_1.weight)))
+            scene_loss = self.scene_loss(log_probabilities, [content for _, _, content in scenes])
+            loss = scene_loss + LENGTH_WEIGHT * off
+            if photos:
+                features = torch.stack([photo.features[photo.name] for photo in photos])
+                log_probabilities, off = self.scores(projector(standardizer(features).to(projector.linear_1.weight)))
+                photo_loss = self.photo_loss(log_probabilities, photos)
+                loss = loss + PHOTO_WEIGHT * photo_loss + LENGTH_WEIGHT * off
+                sums[1] += float(photo_loss.detach())
+            loss.backward()
+            sums[0] += float(scene_loss.detach())
+            warm = min(1.0, (step + 1) / 50)
+            optimizer.step(warm * 0.5 * (1 + math.cos(math.pi * step / grounding.steps)), clip=1.0)
+            if (step + 1) % 100 == 0 or step + 1 == grounding.steps:
+                count = (step % 100) + 1
+                print(f"grounding {step + 1}: scenes {sums[0] / count:.3f}, photos {sums[1] / count:.3f}", flush=True)
+                sums = [0.0, 0.0]
+
+
+def _photos(sources: list[Source], tokenizer: Any) -> list[Photo]:
+    """The sources' images with the telling words of all answers about them."""
+    bags: dict[tuple[int, str], Counter[int]] = defaultdict(Counter)
+    for number, source in enumerate(sources):
+        for group in source.groups:
+            if group.image is not None:
+                for branch in group.branches:
+                    bags[number, group.image].update({label for label in branch.labels if label != IGNORE})
+    frequency = Counter(token for bag in bags.values() for token in bag)
+    telling = {
+        token
+        for token, count in frequency.items()
+        if RARE <= count <= COMMON * len(bags) and _is_word(tokenizer.decode([token]))
+    }
+    photos = []
+    for (number, name), bag in bags.items():
+        words = {token: count for token, count in bag.items() if token in telling}
+        features = sources[number].features
+        if words and features is not None:
+            total = sum(words.values())
+            photos.append(Photo(features, name, [(token, count / total) for token, count in words.items()]))
+    return photos
+
+
+def _is_word(text: str) -> bool:
+    return text.startswith(" ") and len(text) >= 4 and text[1:].isalpha()
