@@ -27,9 +27,11 @@ def main() -> None:
     parser.add_argument("--chat", type=Path)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the base LM")
     parser.add_argument("--answers", type=Path, help="write every scene question with its answer here, as JSON lines")
-    parser.add_argument("--quick", action="store_true", help="the first 32 of everything")
+    parser.add_argument("--beams", type=int, default=1, help="of the captions; 1 is greedy")
+    parser.add_argument("--limit", type=int, help="at most so many photos, scene questions and conversations")
+    parser.add_argument("--quick", action="store_true", help="the same as --limit 32")
     options = parser.parse_args()
-    limit = 32 if options.quick else None
+    limit = 32 if options.quick else options.limit
     assistant = LocalAssistant(load_assistant(options.model), options.base_lm, getattr(torch, options.dtype))
     figures: dict[str, float] = {}
 
@@ -42,15 +44,20 @@ def main() -> None:
     if options.chat:
         tell("chat_perplexity_ratio", perplexity_ratio(assistant, options.chat, limit=limit))
     if options.captions and options.caption_images:
-        for name, value in caption_scores(assistant, options.captions, options.caption_images, limit=limit).items():
+        found = caption_scores(assistant, options.captions, options.caption_images, beams=options.beams, limit=limit)
+        for name, value in found.items():
             tell(name, value)
     if options.scenes:
         scores, answered = scene_scores(assistant, options.scenes, limit=limit)
-        for name, found in scores.items():
-            tell(f"scenes_{name}", found.accuracy, f"[{found.low:.3f}, {found.high:.3f}] of {found.count}")
+        for name, of in scores.items():
+            tell(f"scenes_{name}", of.accuracy, f"[{of.low:.3f}, {of.high:.3f}] of {of.count}")
         if options.answers:
             lines = [json.dumps({"id": row["id"], "gold": row["gold"], "answer": answer}) for row, answer in answered]
             options.answers.write_text("\n".join(lines) + "\n")
+    given = {"chat": options.chat, "captions": options.captions and options.caption_images, "scenes": options.scenes}
+    left_out = [name for name, data in given.items() if not data]
+    if left_out:
+        print(f"not measured, for want of data: {', '.join(left_out)}")
     print(json.dumps(figures))
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -17,15 +17,18 @@ from basalt.model.assistant import LocalAssistant
 
 BATCH = 32
 
+T = TypeVar("T")
+
 
 def caption_scores(
-    assistant: LocalAssistant, rows: Path, images: Path, *, limit: int | None = None
+    assistant: LocalAssistant, rows: Path, images: Path, *, beams: int = 1, limit: int | None = None
 ) -> dict[str, float]:
-    """CIDEr-D and BLEU-4 of greedy answers to "Describe the image." against all reference captions."""
-    records = [json.loads(line) for line in rows.read_text().splitlines() if line.strip()][:limit]
+    """CIDEr-D and BLEU-4 of answers to "Describe the image." against all reference captions; greedy with one beam."""
+    records = spread([json.loads(line) for line in rows.read_text().splitlines() if line.strip()], limit)
     references = {record["image"]: record["captions"] for record in records}
     names = list(references)
-    answers = _ask(assistant, ImageSource(images), [(name, "Describe the image.") for name in names], 32)
+    questions = [(name, "Describe the image.") for name in names]
+    answers = _ask(assistant, ImageSource(images), questions, max_new_tokens=32, num_beams=beams)
     candidates = dict(zip(names, answers, strict=True))
     return {"cider": cider(candidates, references), "bleu_4": bleu(candidates, references)[3]}
 
@@ -34,9 +37,10 @@ def scene_scores(
     assistant: LocalAssistant, scenes: Path, *, limit: int | None = None
 ) -> tuple[dict[str, Score], list[tuple[dict[str, Any], str]]]:
     """Scores by kind of question, and every row with its answer."""
-    rows = [row for row in json.loads((scenes / "scenes.json").read_text()) if row["kind"] != "caption"][:limit]
+    every = [row for row in json.loads((scenes / "scenes.json").read_text()) if row["kind"] != "caption"]
+    rows = spread(every, limit)
     questions = [(row["image"], row["conversations"][0]["value"].removeprefix("<image>\n")) for row in rows]
-    answers = _ask(assistant, ImageSource(scenes), questions, 12)
+    answers = _ask(assistant, ImageSource(scenes), questions, max_new_tokens=16)
     return score(rows, answers), list(zip(rows, answers, strict=True))
 
 
@@ -44,7 +48,7 @@ def scene_scores(
 def perplexity_ratio(assistant: LocalAssistant, rows: Path, *, limit: int | None = None) -> float:
     """Perplexity on the answers of text-only chat, with the LoRA over without it; 1.0 is an unharmed LM."""
     lm = assistant.model.lm
-    samples = [assistant.tokenizer.sample(row.messages) for row in list(read_rows(rows, []))[:limit]]
+    samples = [assistant.tokenizer.sample(row.messages) for row in spread(list(read_rows(rows, [])), limit)]
 
     def perplexity() -> float:
         total, count = 0.0, 0
@@ -62,10 +66,13 @@ def perplexity_ratio(assistant: LocalAssistant, rows: Path, *, limit: int | None
         return ours / perplexity()
 
 
-def _ask(
-    assistant: LocalAssistant, images: ImageSource, questions: list[tuple[str, str]], new_tokens: int
-) -> list[str]:
-    """Greedy answers to (image name, question), in order; batches hold questions of like length."""
+def spread(rows: list[T], limit: int | None) -> list[T]:
+    """At most `limit` of the rows, from all over them."""
+    return rows if limit is None or limit >= len(rows) else [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def _ask(assistant: LocalAssistant, images: ImageSource, questions: list[tuple[str, str]], **options: Any) -> list[str]:
+    """Answers to (image name, question), in order; batches hold questions of like length."""
     order = sorted(range(len(questions)), key=lambda index: len(questions[index][1]))
     answers = [""] * len(questions)
     for start in range(0, len(order), BATCH):
@@ -77,6 +84,6 @@ def _ask(
             )
             for index in members
         ]
-        for index, answer in zip(members, assistant.answer(conversations, max_new_tokens=new_tokens), strict=True):
+        for index, answer in zip(members, assistant.answer(conversations, **options), strict=True):
             answers[index] = answer
     return answers
