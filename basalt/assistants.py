@@ -31,6 +31,7 @@ class TowerSpec(_Spec):
     tokens: int = Field(gt=0)  # patch features per image
     width: int = Field(gt=0)  # tower_dim
     fit: Literal["resize", "pad"]  # how an image becomes that square
+    coordinates: bool = False  # the last channels tell a token's row and column: a convolutional tower knows neither
 
 
 class ProjectorSpec(_Spec):

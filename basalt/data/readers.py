@@ -52,6 +52,14 @@ class ImageSource:
         elif not path.is_dir():
             raise DataError(f"{path} is neither a folder nor a tar file of images")
 
+    def size(self, name: str) -> int:
+        """The size of one image in bytes.
+
+        Raises:
+            DataError: the source has no such image.
+        """
+        return self._file(name).stat().st_size if self._offsets is None else self._place(name)[1]
+
     def read(self, name: str) -> bytes:
         """The original bytes of one image.
 
@@ -59,16 +67,22 @@ class ImageSource:
             DataError: the source has no such image.
         """
         if self._offsets is None:
-            file = (self.path / name).resolve()
-            if not file.is_relative_to(self.path.resolve()) or not file.is_file():
-                raise DataError(f"{self.path} holds no image {name!r}")
-            return file.read_bytes()
-        if name not in self._offsets:
-            raise DataError(f"{self.path} holds no image {name!r}")
-        offset, size = self._offsets[name]
+            return self._file(name).read_bytes()
+        offset, size = self._place(name)
         with self.path.open("rb") as archive:
             archive.seek(offset)
             return archive.read(size)
+
+    def _file(self, name: str) -> Path:
+        file = (self.path / name).resolve()
+        if not file.is_relative_to(self.path.resolve()) or not file.is_file():
+            raise DataError(f"{self.path} holds no image {name!r}")
+        return file
+
+    def _place(self, name: str) -> tuple[int, int]:
+        if self._offsets is None or name not in self._offsets:
+            raise DataError(f"{self.path} holds no image {name!r}")
+        return self._offsets[name]
 
 
 def read_rows(path: Path, prompts: list[str]) -> Iterator[Row]:

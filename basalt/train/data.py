@@ -2,7 +2,10 @@
 
 import json
 import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +18,8 @@ from basalt.train.features import FeatureCache, cached_features
 from basalt.train.recipe import DataSource, Recipe
 
 MAX_DROPPED = 0.05  # a data set that loses more than this share of its rows is not what its owner thinks it is
+
+T = TypeVar("T")
 
 LENGTH_STEP = 32  # tokens
 WINDOW = 16  # passes whose rows are sorted by length together
@@ -129,6 +134,18 @@ class Dealer:
             passes += [window[at : at + size] for at in range(0, len(window), size)]
         rng.shuffle(passes)
         return passes
+
+
+def prefetched(make: Callable[[int], T], numbers: range) -> Iterator[T]:
+    """`make(number)` for each number; while the caller uses one, a thread makes the next."""
+    with ThreadPoolExecutor(1) as thread:
+        ahead = [thread.submit(make, number) for number in numbers[:1]]
+        for following in numbers[1:]:
+            made = ahead.pop().result()
+            ahead.append(thread.submit(make, following))
+            yield made
+        for last in ahead:
+            yield last.result()
 
 
 def _length(row: list[Group]) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from basalt.assistants import TowerSpec, sha256
 from basalt.data.images import ImageError, decode_image
-from basalt.data.readers import ImageSource
+from basalt.data.readers import DataError, ImageSource
 from basalt.model.vision_encoder import load_vision_encoder
 
 
@@ -42,15 +42,23 @@ def cached_features(
 ) -> FeatureCache:
     """Opens the cache for these images under `root`, computing it first where it is not there.
 
-    An image that cannot be decoded is left out and named in `broken`; nothing takes its place.
+    Known again by the tower and the images' names and sizes. An image that is missing or cannot be decoded is left
+    out and named in `broken`; nothing takes its place.
     """
-    names = sorted(set(names))
-    key = sha256(json.dumps([spec.model_dump(), str(source.path.name), names]).encode())[7:23]
+    images = [(name, _size(source, name)) for name in sorted(set(names))]
+    key = sha256(json.dumps([spec.model_dump(), images]).encode())[7:23]
     directory = root / f"{source.path.stem}-{key}"
     if not (directory / "index.json").is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        _compute(spec, source, names, directory, batch)
+        _compute(spec, source, [name for name, _ in images], directory, batch)
     return FeatureCache(directory)
+
+
+def _size(source: ImageSource, name: str) -> int | None:
+    try:
+        return source.size(name)
+    except DataError:
+        return None
 
 
 def _compute(spec: TowerSpec, source: ImageSource, names: list[str], directory: Path, batch: int) -> None:

@@ -2,9 +2,9 @@
 
 In a drawn scene it is known what every visual token shows: the box it lies in, or bare ground. The token is
 trained to point to the base LM's own embeddings of those words (or of that letter), so that the frozen LM is
-handed a picture as the words it shows. A photo has no boxes: the words of its answers must be found somewhere
-among its tokens (multiple-instance learning; Maron & Lozano-Pérez 1998). No LM is run, so an image costs some
-fiftieth of what it costs in the stages.
+handed a picture as the words it shows, and a little of where each stands. A photo has no boxes: the words of its
+answers must be found somewhere among its tokens (multiple-instance learning; Maron & Lozano-Pérez 1998). No LM is
+run, so an image costs some fiftieth of what it costs in the stages.
 """
 
 import math
@@ -21,12 +21,14 @@ from basalt.assistants import TowerSpec
 from basalt.data.preprocess import IGNORE
 from basalt.data.scenes import Box
 from basalt.model.projector import Projector
-from basalt.train.data import Source
+from basalt.train.data import Source, prefetched
 from basalt.train.features import FeatureCache
 from basalt.train.loop import MasterAdamW
 from basalt.train.recipe import Grounding
 
 GROUND = "background"  # the word for a token that lies in no box
+PLACES = ("top", "left", "middle", "right", "bottom")
+PLACE_SHARE = 0.15  # of a token's content that tells where it lies
 COVERED = 0.35  # a box is a token's content where they overlap by this share of the smaller side, both ways
 SHARPNESS = 20.0  # cosines → logits
 COMMON, RARE = 0.12, 8  # words in more than this share, or in fewer than this many, of the photos tell nothing
@@ -43,7 +45,7 @@ class Photo:
 
 
 def cell_contents(boxes: list[Box], side: int, ids_of: dict[str, list[int]]) -> Content:
-    """What each visual token of a `side` × `side` grid shows, each box by the area it covers."""
+    """What each visual token of a `side` × `side` grid shows: each box by the area it covers, and its own place."""
     shown: list[Counter[int]] = [Counter() for _ in range(side * side)]
     for label, left, top, right, bottom in boxes:
         for cell, counter in enumerate(shown):
@@ -56,8 +58,17 @@ def cell_contents(boxes: list[Box], side: int, ids_of: dict[str, list[int]]) -> 
     content: Content = []
     for cell, counter in enumerate(shown):
         counter = counter or Counter({ids_of[GROUND][0]: 1.0})
-        content += [(cell, token, area / counter.total()) for token, area in counter.items()]
+        shares = Counter({token: (1 - PLACE_SHARE) * area / counter.total() for token, area in counter.items()})
+        for place in _places(cell, side):
+            shares[ids_of[place][0]] += PLACE_SHARE / 2
+        content += [(cell, token, share) for token, share in shares.items()]
     return content
+
+
+def _places(cell: int, side: int) -> tuple[str, str]:
+    """Which third of the rows and of the columns a cell lies in."""
+    row, column = (3 * (index + 0.5) / side for index in divmod(cell, side))
+    return ("top", "middle", "bottom")[int(row)], ("left", "middle", "right")[int(column)]
 
 
 class Grounder:
@@ -79,7 +90,7 @@ class Grounder:
         # A letter stands alone, as it does where a word is spelled; a word begins with its space.
         ids_of = {
             label: tokenizer(label if len(label) == 1 else f" {label}", add_special_tokens=False).input_ids
-            for label in sorted({*labels, GROUND})
+            for label in sorted({*labels, GROUND, *PLACES})
         }
         self.scenes = [
             (source.features, name, cell_contents(boxes, side, ids_of))
@@ -135,27 +146,38 @@ class Grounder:
         with torch.no_grad():
             projector.linear_2.bias.copy_(self.mean)
         optimizer = MasterAdamW([(list(projector.parameters()), grounding.learning_rate)], weight_decay=0.01)
-        rng = random.Random(seed)
-        sums = [0.0, 0.0]
-        for step in range(grounding.steps):
+
+        def scores(features: Tensor) -> tuple[Tensor, Tensor]:
+            return self.scores(projector(standardizer(features).to(projector.linear_1.weight)))
+
+        def deal(step: int) -> tuple[list[Content], Tensor, list[Photo], Tensor | None]:
+            rng = random.Random(f"{seed}/grounding/{step}")
             scenes = rng.sample(self.scenes, min(grounding.images_per_step, len(self.scenes)))
             photos = rng.sample(self.photos, min(grounding.images_per_step // 2, len(self.photos)))
-            features = torch.stack([cache[name] for cache, name, _ in scenes])
-            log_probabilities, off = self.scores(projector(standardizer(features).to(projector.linear_1.weight)))
-            scene_loss = self.scene_loss(log_probabilities, [content for _, _, content in scenes])
+            return (
+                [content for _, _, content in scenes],
+                torch.stack([cache[name] for cache, name, _ in scenes]),
+                photos,
+                torch.stack([photo.features[photo.name] for photo in photos]) if photos else None,
+            )
+
+        sums = [0.0, 0.0]
+        steps = range(grounding.steps)
+        for step, (contents, shown, photos, photographed) in zip(steps, prefetched(deal, steps), strict=True):
+            log_probabilities, off = scores(shown)
+            scene_loss = self.scene_loss(log_probabilities, contents)
             loss = scene_loss + LENGTH_WEIGHT * off
-            if photos:
-                features = torch.stack([photo.features[photo.name] for photo in photos])
-                log_probabilities, off = self.scores(projector(standardizer(features).to(projector.linear_1.weight)))
+            sums[0] += float(scene_loss.detach())
+            if photographed is not None:
+                log_probabilities, off = scores(photographed)
                 photo_loss = self.photo_loss(log_probabilities, photos)
                 loss = loss + PHOTO_WEIGHT * photo_loss + LENGTH_WEIGHT * off
                 sums[1] += float(photo_loss.detach())
             loss.backward()
-            sums[0] += float(scene_loss.detach())
             warm = min(1.0, (step + 1) / 50)
             optimizer.step(warm * 0.5 * (1 + math.cos(math.pi * step / grounding.steps)), clip=1.0)
             if (step + 1) % 100 == 0 or step + 1 == grounding.steps:
-                count = (step % 100) + 1
+                count = step % 100 + 1
                 print(f"grounding {step + 1}: scenes {sums[0] / count:.3f}, photos {sums[1] / count:.3f}", flush=True)
                 sums = [0.0, 0.0]
 

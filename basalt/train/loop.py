@@ -19,7 +19,7 @@ from basalt.data.packing import fill_rows
 from basalt.data.preprocess import TEMPLATES, Tokenizer
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import Projector
-from basalt.train.data import Batch, Dealer, prepare
+from basalt.train.data import Batch, Dealer, prefetched, prepare
 from basalt.train.recipe import Recipe, RecipeError
 
 MAY_CHANGE = ("steps", "decay", "checkpoint_every")  # when a run goes on
@@ -156,8 +156,8 @@ class Run:
             compile_layers(model.causal_lm.model.layers)
         log = (self.directory / "log.jsonl").open("a")
         seen, loss_sum, count, began = 0, 0.0, 0, time.monotonic()
-        for step in range(first, self.recipe.steps):
-            batches = self.dealer.step(step)
+        steps = range(first, self.recipe.steps)
+        for step, batches in zip(steps, prefetched(self.dealer.step, steps), strict=True):
             supervised = sum(len(batch.packed.target) for batch in batches)
             for batch in batches:
                 loss = self._loss(model, batch)

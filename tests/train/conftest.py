@@ -11,7 +11,15 @@ from basalt.assistants import TowerSpec
 from basalt.train.recipe import DataSource, LoRA, Recipe
 from tests.tiny_lm import IMAGE_TOKEN_ID, make_lm
 
-TOWER = TowerSpec(kind="efficientnet-lite", id="efficientnet-lite2", image_size=64, tokens=4, width=2528, fit="resize")
+TOWER = TowerSpec(
+    kind="efficientnet-lite",
+    id="efficientnet-lite2",
+    image_size=64,
+    tokens=4,
+    width=2532,
+    fit="resize",
+    coordinates=True,
+)
 PICTURES = [(colour, shape) for colour in ("red", "green", "blue") for shape in ("ellipse", "rectangle")]
 
 

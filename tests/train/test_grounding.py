@@ -11,33 +11,54 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from basalt.data.scenes import Box
-from basalt.train.grounding import GROUND, Grounder, Photo, cell_contents
+from basalt.train.grounding import GROUND, PLACE_SHARE, PLACES, Grounder, Photo, cell_contents
 from basalt.train.loop import Run
 from basalt.train.recipe import Grounding, Recipe
 from basalt.train.stage1_align import train_stage1
 
-IDS = {GROUND: [0], "red": [1], "blue car": [2, 3]}
+NAMED = {GROUND: [0], "red": [1], "blue car": [2, 3]}
+IDS = NAMED | {place: [4 + index] for index, place in enumerate(PLACES)}
+WORDS = {token: word for word, tokens in IDS.items() for token in tokens}
+
+
+def shown(boxes: list[Box], side: int) -> list[dict[str, float]]:
+    """Word → share for each token, in order; the places apart from the rest."""
+    cells: dict[int, dict[str, float]] = defaultdict(dict)
+    for cell, token, share in cell_contents(boxes, side, IDS):
+        cells[cell][WORDS[token]] = cells[cell].get(WORDS[token], 0.0) + share
+    return [cells[cell] for cell in range(side * side)]
+
+
+def things(cell: dict[str, float]) -> dict[str, float]:
+    return {word: pytest.approx(share / (1 - PLACE_SHARE)) for word, share in cell.items() if word in NAMED}
 
 
 def test_a_token_shows_the_boxes_it_lies_in() -> None:
-    boxes: list[Box] = [("red", 0.0, 0.0, 0.5, 1.0), ("blue car", 0.5, 0.5, 1.0, 1.0)]
-    assert cell_contents(boxes, 2, IDS) == [
-        (0, 1, 1.0),
-        (1, 0, 1.0),
-        (2, 1, 1.0),
-        (3, 2, pytest.approx(0.5)),
-        (3, 3, pytest.approx(0.5)),
-    ]
+    cells = shown([("red", 0.0, 0.0, 0.5, 1.0), ("blue car", 0.5, 0.5, 1.0, 1.0)], 2)
+    assert [things(cell) for cell in cells] == [{"red": 1.0}, {GROUND: 1.0}, {"red": 1.0}, {"blue car": 1.0}]
+    assert things(shown([("red", 0.0, 0.0, 0.5, 1.0), ("blue car", 0.5, 0.0, 1.0, 1.0)], 1)[0]) == {
+        "red": 0.5,
+        "blue car": 0.5,
+    }
+
+
+def test_a_token_tells_where_it_lies() -> None:
+    places = [[word for word in cell if word in PLACES] for cell in shown([], 3)]
+    assert [sorted(cell) for cell in places] == [
+        ["left", "top"], ["middle", "top"], ["right", "top"],
+        ["left", "middle"], ["middle"], ["middle", "right"],
+        ["bottom", "left"], ["bottom", "middle"], ["bottom", "right"],
+    ]  # fmt: skip
 
 
 def test_a_box_much_smaller_than_a_token_is_found_and_one_that_only_touches_is_not() -> None:
-    assert cell_contents([("red", 0.1, 0.1, 0.2, 0.2)], 1, IDS) == [(0, 1, 1.0)]
-    assert cell_contents([("red", 0.45, 0.0, 1.0, 1.0)], 2, IDS)[0] == (0, 0, 1.0)
+    assert things(shown([("red", 0.1, 0.1, 0.2, 0.2)], 1)[0]) == {"red": 1.0}
+    assert things(shown([("red", 0.45, 0.0, 1.0, 1.0)], 2)[0]) == {GROUND: 1.0}
 
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(sorted(IDS)), *[st.floats(0, 1) for _ in range(4)]).filter(
+        st.tuples(st.sampled_from(sorted(NAMED)), *[st.floats(0, 1) for _ in range(4)]).filter(
             lambda box: box[1] < box[3] and box[2] < box[4]
         ),
         max_size=6,

@@ -16,7 +16,7 @@ from basalt.data.readers import DataError
 from basalt.model.assistant import LocalAssistant
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import load_projector
-from basalt.train.data import Dealer
+from basalt.train.data import Dealer, prefetched
 from basalt.train.loop import MasterAdamW, Run, rate_factor
 from basalt.train.publish import publish
 from basalt.train.recipe import Recipe, RecipeError
@@ -245,3 +245,17 @@ def test_passes_hold_rows_of_like_length(stage2: Recipe, aligned: Path, tmp_path
     for batch in dealer.step(0) + dealer.step(1):
         used = int((batch.packed.groups >= 0).sum(1).max())
         assert used <= batch.packed.ids.shape[1] < used + 32
+
+
+def test_what_is_prefetched_comes_in_order_and_errors_where_they_belong() -> None:
+    assert list(prefetched(lambda number: number * 2, range(3, 7))) == [6, 8, 10, 12]
+    assert list(prefetched(str, range(0))) == []
+
+    def make(number: int) -> int:
+        return 6 // (2 - number)
+
+    seen = []
+    with pytest.raises(ZeroDivisionError):
+        for made in prefetched(make, range(4)):
+            seen.append(made)
+    assert seen == [3, 6]
