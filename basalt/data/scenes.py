@@ -140,7 +140,11 @@ def _draw_one(
         }
         for index, (kind, question, answer, gold) in enumerate(scene.questions)
     ]
-    return rows, [(label, *(round(edge / SIZE, 4) for edge in edges)) for label, *edges in scene.boxes]
+    shares: list[Box] = []
+    for label, *edges in scene.boxes:
+        left, top, right, bottom = (round(edge / SIZE, 4) for edge in edges)
+        shares.append((label, left, top, right, bottom))
+    return rows, shares
 
 
 def word(material: Material, split: Split, rng: random.Random) -> Scene:

@@ -46,19 +46,20 @@ class Photo:
 
 def cell_contents(boxes: list[Box], side: int, ids_of: dict[str, list[int]]) -> Content:
     """What each visual token of a `side` × `side` grid shows: each box by the area it covers, and its own place."""
-    shown: list[Counter[int]] = [Counter() for _ in range(side * side)]
+    shown: list[dict[int, float]] = [defaultdict(float) for _ in range(side * side)]  # vocabulary id → area
     for label, left, top, right, bottom in boxes:
-        for cell, counter in enumerate(shown):
+        for cell, areas in enumerate(shown):
             row, column = divmod(cell, side)
             width = min(right, (column + 1) / side) - max(left, column / side)
             height = min(bottom, (row + 1) / side) - max(top, row / side)
             if width > COVERED * min(1 / side, right - left) and height > COVERED * min(1 / side, bottom - top):
                 for token in ids_of[label]:
-                    counter[token] += width * height / len(ids_of[label])
+                    areas[token] += max(width * height, 1e-9) / len(ids_of[label])
     content: Content = []
-    for cell, counter in enumerate(shown):
-        counter = counter or Counter({ids_of[GROUND][0]: 1.0})
-        shares = Counter({token: (1 - PLACE_SHARE) * area / counter.total() for token, area in counter.items()})
+    for cell, areas in enumerate(shown):
+        areas = areas or {ids_of[GROUND][0]: 1.0}
+        total = sum(areas.values())
+        shares = defaultdict(float, {token: (1 - PLACE_SHARE) * area / total for token, area in areas.items()})
         for place in _places(cell, side):
             shares[ids_of[place][0]] += PLACE_SHARE / 2
         content += [(cell, token, share) for token, share in shares.items()]
