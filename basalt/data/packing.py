@@ -1,6 +1,6 @@
 """Packing: many conversations in one row, each seeing only itself, images shared.
 
-Conversations about the same image begin with the same tokens, most of them visual. A `Group` holds that
+Conversations about the same images often begin with the same tokens, most of them visual. A `Group` holds that
 common beginning once, as a prefix, and each conversation's rest as a branch that sees the prefix and
 itself. Positions go on from the prefix, so every branch computes what it would alone, while the image is
 run through the LM once for all its questions. Rows of groups are filled first-fit.
@@ -21,9 +21,9 @@ PREFIX = 0  # branch number of a group's prefix
 
 @dataclass
 class Group:
-    """Conversations with a common unsupervised beginning. `image` names what its visual tokens show."""
+    """Conversations with a common unsupervised beginning. `images` name what its visual tokens show, in order."""
 
-    image: str | None
+    images: tuple[str, ...]
     prefix: list[int]
     branches: list[Sample] = field(default_factory=list)
 
@@ -56,29 +56,43 @@ class Packed:
         return (causal & same_group & visible)[:, None].expand(rows, 1, length, length)
 
 
-def group_samples(samples: Iterable[tuple[str | None, Sample]], max_length: int) -> tuple[list[Group], int]:
-    """Groups conversations by image; a group that outgrows `max_length` is continued in another.
+def group_samples(
+    samples: Iterable[tuple[tuple[str, ...], Sample]], max_length: int, image_token_id: int
+) -> tuple[list[Group], int]:
+    """Groups conversations that begin alike, images included; one that outgrows `max_length` is continued in another.
+
+    Args:
+        samples: the names of its images in order, and the conversation.
 
     Returns:
         The groups, and how many samples were dropped because they alone are longer than `max_length`.
         Nothing is cut: a cut could fall inside an image or leave nothing to learn.
     """
-    by_image: dict[str, list[Sample]] = defaultdict(list)
+    alike: dict[tuple[tuple[str, ...], tuple[int, ...]], list[Sample]] = defaultdict(list)
     groups: list[Group] = []
     dropped = 0
-    for image, sample in samples:
+    for images, sample in samples:
+        seen = _to_last_image(sample, image_token_id)
         if len(sample.ids) > max_length:
             dropped += 1
-        elif image is None:
-            groups.append(Group(None, [], [sample]))
+        elif seen is None:
+            groups.append(Group(images, [], [sample]))
         else:
-            by_image[image].append(sample)
-    for image, members in by_image.items():
-        groups += _share_prefix(image, members, max_length)
+            alike[images, seen].append(sample)
+    for (images, _), members in alike.items():
+        groups += _share_prefix(images, members, max_length)
     return groups, dropped
 
 
-def _share_prefix(image: str, members: list[Sample], max_length: int) -> list[Group]:
+def _to_last_image(sample: Sample, image_token_id: int) -> tuple[int, ...] | None:
+    """The tokens up to the last visual one; None where there is none, or something is learned before it."""
+    last = max((i for i, token in enumerate(sample.ids) if token == image_token_id), default=-1)
+    if last < 0 or any(label != IGNORE for label in sample.labels[: last + 1]):
+        return None
+    return tuple(sample.ids[: last + 1])
+
+
+def _share_prefix(images: tuple[str, ...], members: list[Sample], max_length: int) -> list[Group]:
     prefix = members[0].ids[: next(i for i, label in enumerate(members[0].labels) if label != IGNORE)]
     for member in members[1:]:
         same = 0
@@ -90,11 +104,11 @@ def _share_prefix(image: str, members: list[Sample], max_length: int) -> list[Gr
         ):
             same += 1
         prefix = prefix[:same]
-    groups = [Group(image, prefix)]
+    groups = [Group(images, prefix)]
     for member in members:
         branch = Sample(member.ids[len(prefix) :], member.labels[len(prefix) :])
         if len(groups[-1]) + len(branch.ids) > max_length:
-            groups.append(Group(image, prefix))
+            groups.append(Group(images, prefix))
         groups[-1].branches.append(branch)
     return groups
 
@@ -133,8 +147,7 @@ def pack(rows: list[list[Group]], length: int, pad_id: int) -> Packed:
     for r, row in enumerate(rows):
         at = 0
         for number, group in enumerate(row):
-            if group.image is not None:
-                images.append(group.image)
+            images += group.images
             begin, prefix_length = at, len(group.prefix)
             end = begin + len(group)
             ids[r, begin:end] = torch.tensor(group.prefix + [token for b in group.branches for token in b.ids])

@@ -21,13 +21,13 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation, about the image `image` of its source, if any.
+    """One conversation, about the images of its source that `images` names in the order they are shown.
 
     `messages` are chat messages; a user's content may be a list of `{"type": "image"}` and
     `{"type": "text", "text": …}` parts, in order.
     """
 
-    image: str | None
+    images: tuple[str, ...]
     messages: list[dict[str, Any]] = field(hash=False)
 
 
@@ -126,7 +126,7 @@ def _records(path: Path) -> Iterator[Any]:
 
 def _exchange(image: str, question: str, answer: str) -> Row:
     content = [{"type": "image"}, {"type": "text", "text": question}]
-    return Row(image, [{"role": "user", "content": content}, {"role": "assistant", "content": answer.strip()}])
+    return Row((image,), [{"role": "user", "content": content}, {"role": "assistant", "content": answer.strip()}])
 
 
 def _sentence(caption: str) -> str:
@@ -136,12 +136,11 @@ def _sentence(caption: str) -> str:
 
 
 def _conversation(record: dict[str, Any], where: str) -> Row:
-    """LLaVA's own form: `image` is one name, `<image>` stands in a human's turn."""
-    image = record.get("image")
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise DataError(f"{where}: has {len(image)} images, LLaVA JSON has one a row")
-        image = image[0] if image else None
+    """LLaVA's own form: `image` is a name, or a list of them; `<image>` stands for each in a human's turn."""
+    named = record.get("image") or []
+    if not isinstance(named, str | list) or not all(isinstance(name, str) for name in named):
+        raise DataError(f"{where}: 'image' is the name of a picture or a list of names, found {named!r}")
+    images = (named,) if isinstance(named, str) else tuple(named)
     messages, placeholders = [], 0
     for turn in record["conversations"]:
         role, value = ROLES.get(turn.get("from")), turn.get("value")
@@ -152,9 +151,9 @@ def _conversation(record: dict[str, Any], where: str) -> Row:
             messages.append({"role": role, "content": _parts(value)})
         else:
             messages.append({"role": role, "content": value.strip()})
-    if placeholders != (image is not None):
-        raise DataError(f"{where}: {placeholders} {PLACEHOLDER} placeholders for {int(image is not None)} images")
-    return Row(image, messages)
+    if placeholders != len(images):
+        raise DataError(f"{where}: {placeholders} {PLACEHOLDER} placeholders for {len(images)} images")
+    return Row(images, messages)
 
 
 def _parts(value: str) -> list[dict[str, str]]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from basalt.data.packing import Group, Packed, fill_rows, group_samples, pack
-from basalt.data.preprocess import Sample, Tokenizer
-from basalt.data.readers import DataError, ImageSource, Row, read_rows
+from basalt.data.preprocess import Tokenizer
+from basalt.data.readers import DataError, ImageSource, read_rows
 from basalt.data.scenes import Box
 from basalt.train.features import FeatureCache, cached_features
 from basalt.train.recipe import DataSource, Recipe
@@ -49,15 +49,14 @@ def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> Source:
     """
     rows = list(read_rows(source.rows, source.prompts))
     cache = None
-    if any(row.image for row in rows):
+    names = [name for row in rows for name in row.images]
+    if names:
         if source.images is None:
             raise DataError(f"{source.rows} has rows with images: name their folder or tar as `images`")
-        names = [row.image for row in rows if row.image]
         cache = cached_features(recipe.tower, ImageSource(source.images), names, recipe.features)
-    usable = [row for row in rows if row.image is None or (cache is not None and row.image in cache)]
-    groups, too_long = group_samples(
-        ((row.image, sample) for row, sample in _tokenise(usable, tokenizer)), recipe.row_length
-    )
+    usable = [row for row in rows if cache is None or all(name in cache for name in row.images)]
+    samples = ((row.images, tokenizer.sample(row.messages)) for row in usable)
+    groups, too_long = group_samples(samples, recipe.row_length, recipe.image_token_id)
     broken = len(rows) - len(usable)
     if broken + too_long > MAX_DROPPED * len(rows):
         raise DataError(
@@ -67,10 +66,6 @@ def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> Source:
     print(f"{source.rows.name}: {len(rows)} rows in {len(groups)} groups; dropped {broken} broken, {too_long} too long")
     boxes = {} if source.boxes is None else json.loads(source.boxes.read_text())
     return Source(groups, source.weight, cache, boxes)
-
-
-def _tokenise(rows: list[Row], tokenizer: Tokenizer) -> list[tuple[Row, Sample]]:
-    return [(row, tokenizer.sample(row.messages)) for row in rows]
 
 
 class Dealer:
@@ -102,15 +97,12 @@ class Dealer:
         longest = max(_length(row) for row in rows)
         length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.recipe.row_length)
         packed = pack(rows, length, self.pad_id)
-        shown = [group for row in rows for group in row if group.image is not None]
-        if not shown:
-            return Batch(packed, None)
-        return Batch(packed, torch.stack([self._feature(group) for group in shown]))
+        features = [feature for row in rows for group in row for feature in self._features(group)]
+        return Batch(packed, torch.stack(features) if features else None)
 
-    def _feature(self, group: Group) -> Tensor:
+    def _features(self, group: Group) -> list[Tensor]:
         cache = self._home[id(group)].features
-        assert cache is not None and group.image is not None
-        return cache[group.image]
+        return [] if cache is None else [cache[name] for name in group.images]
 
     def _steps_per_epoch(self) -> int:
         if not self._passes:

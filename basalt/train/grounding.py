@@ -188,9 +188,9 @@ def _photos(sources: list[Source], tokenizer: Any) -> list[Photo]:
     bags: dict[tuple[int, str], Counter[int]] = defaultdict(Counter)
     for number, source in enumerate(sources):
         for group in source.groups:
-            if group.image is not None:
+            for name in group.images:
                 for branch in group.branches:
-                    bags[number, group.image].update({label for label in branch.labels if label != IGNORE})
+                    bags[number, name].update({label for label in branch.labels if label != IGNORE})
     frequency = Counter(token for bag in bags.values() for token in bag)
     telling = {
         token

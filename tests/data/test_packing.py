@@ -10,28 +10,39 @@ from basalt.data.preprocess import IGNORE, Sample
 
 LENGTH = 40
 PAD = 0
+IMAGE = 16  # four tokens for each image
+
+Found = list[tuple[tuple[str, ...], Sample]]
 
 
 @st.composite
-def samples(draw: st.DrawFn) -> list[tuple[str | None, Sample]]:
-    """Conversations, many about few images; those of an image begin alike, as far as they please."""
+def samples(draw: st.DrawFn) -> Found:
+    """Conversations, many about few images; those of an image begin alike, as far as they please.
+
+    Some ask before they show, some show two images, some a second one in a later turn.
+    """
     rng = random.Random(draw(st.integers(0, 2**32)))
-    found: list[tuple[str | None, Sample]] = []
+    found: Found = []
     for _ in range(draw(st.integers(1, 12))):
-        image = rng.choice([None, "a", "b", "c"])
-        begin = [] if image is None else [*[16] * 4, *([ord(image)] * 3)][: rng.randint(4, 7)]
-        ids, labels = list(begin), [IGNORE] * len(begin)
-        for _ in range(rng.randint(1, 3)):
+        images = rng.choice([(), ("a",), ("b",), ("c",), ("a", "b")])
+        ids = [rng.randint(200, 203)] * rng.choice([0, 0, 0, 2]) if images else []
+        later = images[1:] if rng.random() < 0.5 else ()
+        for image in images[: len(images) - len(later)]:
+            ids += [*[IMAGE] * 4, *[ord(image)] * rng.choice([0, 3])]
+        labels = [IGNORE] * len(ids)
+        for turn in range(rng.randint(1, 3)):
             asked = [rng.randint(200, 210) for _ in range(rng.randint(1, 6))]
             said = [rng.randint(300, 310) for _ in range(rng.randint(1, 8))]
-            ids += asked + said
-            labels += [IGNORE] * len(asked) + said
-        found.append((image, Sample(ids, labels)))
+            shown = [IMAGE] * 4 if turn == 1 and later else []
+            ids += asked + shown + said
+            labels += [IGNORE] * (len(asked) + len(shown)) + said
+            later = () if shown else later
+        found.append((images[: len(images) - len(later)], Sample(ids, labels)))
     return found
 
 
-def packed(found: list[tuple[str | None, Sample]]) -> tuple[Packed, list[list[Group]], int]:
-    groups, dropped = group_samples(found, LENGTH)
+def packed(found: Found) -> tuple[Packed, list[list[Group]], int]:
+    groups, dropped = group_samples(found, LENGTH, IMAGE)
     rows = fill_rows(groups, LENGTH, random.Random(0))
     return pack(rows, LENGTH, PAD), rows, dropped
 
@@ -47,7 +58,7 @@ def histories(batch: Packed) -> list[tuple[int, ...]]:
 
 @settings(deadline=None, max_examples=60)
 @given(samples())
-def test_every_learned_token_appears_once_after_its_whole_conversation(found: list[tuple[str | None, Sample]]) -> None:
+def test_every_learned_token_appears_once_after_its_whole_conversation(found: Found) -> None:
     batch, _, dropped = packed(found)
     kept = [sample for _, sample in found if len(sample.ids) <= LENGTH]
     assert dropped == len(found) - len(kept)
@@ -60,20 +71,20 @@ def test_every_learned_token_appears_once_after_its_whole_conversation(found: li
 
 @settings(deadline=None, max_examples=60)
 @given(samples())
-def test_nothing_is_cut_and_nothing_is_longer_than_a_row(found: list[tuple[str | None, Sample]]) -> None:
+def test_nothing_is_cut_and_nothing_is_longer_than_a_row(found: Found) -> None:
     batch, rows, _ = packed(found)
     assert all(sum(map(len, row)) <= LENGTH for row in rows)
     whole = Counter(
-        (group.image, tuple(group.prefix + branch.ids)) for row in rows for group in row for branch in group.branches
+        (group.images, tuple(group.prefix + branch.ids)) for row in rows for group in row for branch in group.branches
     )
-    assert whole == Counter((image, tuple(sample.ids)) for image, sample in found if len(sample.ids) <= LENGTH)
-    assert batch.images == [group.image for row in rows for group in row if group.image is not None]
-    assert int((batch.ids == 16).sum()) == 4 * len(batch.images)
+    assert whole == Counter((images, tuple(sample.ids)) for images, sample in found if len(sample.ids) <= LENGTH)
+    assert batch.images == [name for row in rows for group in row for name in group.images]
+    assert int((batch.ids == IMAGE).sum()) == 4 * len(batch.images)
 
 
 @settings(deadline=None, max_examples=60)
 @given(samples())
-def test_a_token_sees_its_conversation_alone_and_counts_its_positions(found: list[tuple[str | None, Sample]]) -> None:
+def test_a_token_sees_its_conversation_alone_and_counts_its_positions(found: Found) -> None:
     batch, _, _ = packed(found)
     mask = batch.attention_mask()
     assert mask.shape == (len(batch.ids), 1, LENGTH, LENGTH)
@@ -90,36 +101,49 @@ def test_a_token_sees_its_conversation_alone_and_counts_its_positions(found: lis
 
 
 def test_an_image_s_questions_share_its_tokens() -> None:
-    def ask(image: str, question: int) -> tuple[str, Sample]:
-        return image, Sample([16, 16, 16, 16, 5, question, 300, 301], [IGNORE] * 6 + [300, 301])
+    def ask(image: str, question: int) -> tuple[tuple[str, ...], Sample]:
+        return (image,), Sample([16, 16, 16, 16, 5, question, 300, 301], [IGNORE] * 6 + [300, 301])
 
-    groups, dropped = group_samples([ask("a", 200), ask("b", 201), ask("a", 202), ask("a", 200)], LENGTH)
+    asked = [ask("a", 200), ask("b", 201), ask("a", 202), ask("a", 200)]
+    groups, dropped = group_samples(asked, LENGTH, IMAGE)
     assert dropped == 0
-    assert [(group.image, len(group.prefix), len(group.branches)) for group in groups] == [("a", 5, 3), ("b", 6, 1)]
+    shared = [(group.images, len(group.prefix), len(group.branches)) for group in groups]
+    assert shared == [(("a",), 5, 3), (("b",), 6, 1)]
     batch = pack([groups], LENGTH, PAD)
     assert batch.images == ["a", "b"]
     assert int((batch.ids == 16).sum()) == 8
     assert len(batch.target) == 8
 
 
+def test_a_question_before_its_image_shares_only_with_its_like() -> None:
+    def ask(question: int, answer: int) -> tuple[tuple[str, ...], Sample]:
+        return ("a",), Sample([question, 16, 16, 16, 16, answer], [IGNORE] * 5 + [answer])
+
+    groups, _ = group_samples([ask(200, 300), ask(201, 301), ask(200, 302)], LENGTH, IMAGE)
+    assert [(group.prefix[0], len(group.branches)) for group in groups] == [(200, 2), (201, 1)]
+    batch = pack([groups], LENGTH, PAD)
+    assert batch.images == ["a", "a"]
+    assert int((batch.ids == IMAGE).sum()) == 8
+
+
 def test_the_last_token_of_a_shared_beginning_predicts_for_each_branch() -> None:
-    alike = [("a", Sample([16, 5, answer, 2], [IGNORE, IGNORE, answer, 2])) for answer in (300, 301)]
-    groups, _ = group_samples(alike, LENGTH)
+    alike = [(("a",), Sample([16, 5, answer, 2], [IGNORE, IGNORE, answer, 2])) for answer in (300, 301)]
+    groups, _ = group_samples(alike, LENGTH, IMAGE)
     batch = pack([groups], LENGTH, PAD)
     assert batch.source.tolist() == [1, 2, 1, 4]
     assert batch.target.tolist() == [300, 2, 301, 2]
 
 
 def test_an_image_with_more_questions_than_a_row_holds_goes_on_in_another() -> None:
-    many = [("a", Sample([16] * 4 + [200 + n] + [300] * 5, [IGNORE] * 5 + [300] * 5)) for n in range(20)]
-    groups, _ = group_samples(many, LENGTH)
+    many = [(("a",), Sample([16] * 4 + [200 + n] + [300] * 5, [IGNORE] * 5 + [300] * 5)) for n in range(20)]
+    groups, _ = group_samples(many, LENGTH, IMAGE)
     assert len(groups) > 1
     assert all(len(group) <= LENGTH and group.prefix == [16] * 4 for group in groups)
     assert sum(len(group.branches) for group in groups) == 20
 
 
 def test_rows_are_filled_and_dealt_alike_by_the_same_seed() -> None:
-    groups = [Group(None, [], [Sample([n] * (n % 17 + 3), [n] * (n % 17 + 3))]) for n in range(300)]
+    groups = [Group((), [], [Sample([n] * (n % 17 + 3), [n] * (n % 17 + 3))]) for n in range(300)]
     rows = fill_rows(groups, LENGTH, random.Random(1))
     assert rows == fill_rows(groups, LENGTH, random.Random(1))
     assert rows != fill_rows(groups, LENGTH, random.Random(2))

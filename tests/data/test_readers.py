@@ -24,7 +24,7 @@ def turns(*values: str) -> list[dict[str, str]]:
 def test_llava_json(tmp_path: Path) -> None:
     conversation = turns("<image>\nWhat is it?", " A dog. ", "Sure?", "Yes.")
     (row,) = rows_of(tmp_path, "a.json", [{"id": 7, "image": "x.jpg", "conversations": conversation}])
-    assert row.image == "x.jpg"
+    assert row.images == ("x.jpg",)
     assert row.messages == [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": "A dog."},
@@ -45,15 +45,23 @@ def test_llava_json_s_other_spellings(tmp_path: Path) -> None:
         {"from": "assistant", "value": "A dog."},
     ]
     (row,) = rows_of(tmp_path, "a.json", [{"image": ["x.jpg"], "conversations": conversation}])
-    assert row.image == "x.jpg"
+    assert row.images == ("x.jpg",)
     assert [message["role"] for message in row.messages] == ["system", "user", "assistant"]
     assert row.messages[1]["content"] == [{"type": "image"}]
+
+
+def test_llava_json_with_several_images(tmp_path: Path) -> None:
+    conversation = turns("<image>\n<image>\nWhich is larger?", "The first.", "And than <image>?", "The last.")
+    (row,) = rows_of(tmp_path, "a.json", [{"image": ["x.jpg", "y.jpg", "z.jpg"], "conversations": conversation}])
+    assert row.images == ("x.jpg", "y.jpg", "z.jpg")
+    shown = [part for message in row.messages if isinstance(message["content"], list) for part in message["content"]]
+    assert shown.count({"type": "image"}) == 3
 
 
 def test_rows_without_an_image(tmp_path: Path) -> None:
     for extra in ({}, {"image": None}, {"image": []}):
         (row,) = rows_of(tmp_path, "a.json", [{**extra, "conversations": turns("Hello!", "Hi.")}])
-        assert row == Row(None, [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."}])
+        assert row == Row((), [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."}])
 
 
 def test_captions_answer_the_prompts_in_turn(tmp_path: Path) -> None:
@@ -62,7 +70,7 @@ def test_captions_answer_the_prompts_in_turn(tmp_path: Path) -> None:
         {"image": "b.jpg", "captions": ["A cat."]},
     ]
     rows = rows_of(tmp_path, "a.jsonl", records)
-    said = [(row.image, row.messages[0]["content"][1]["text"], row.messages[1]["content"]) for row in rows]
+    said = [(*row.images, row.messages[0]["content"][1]["text"], row.messages[1]["content"]) for row in rows]
     assert said == [
         ("a.jpg", PROMPTS[0], "A dog runs."),
         ("a.jpg", PROMPTS[0], "Dogs, running!"),
@@ -74,7 +82,7 @@ def test_captions_answer_the_prompts_in_turn(tmp_path: Path) -> None:
 def test_questions_with_an_answer(tmp_path: Path) -> None:
     records = [{"image": "image3.png", "question": "how many chairs are there ?", "answer": 2}]
     (row,) = rows_of(tmp_path, "a.jsonl", records)
-    assert row.image == "image3.png"
+    assert row.images == ("image3.png",)
     assert row.messages[0]["content"][1]["text"] == "how many chairs are there ?"
     assert row.messages[1] == {"role": "assistant", "content": "2"}
 
@@ -83,7 +91,7 @@ def test_blank_lines_are_nothing_and_text_is_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes('\n{"image": "ä.jpg", "captions": ["Ein Hündchen"]}\n\n'.encode())
     (row,) = read_rows(path, PROMPTS)
-    assert row.image == "ä.jpg"
+    assert row.images == ("ä.jpg",)
     assert row.messages[1]["content"] == "Ein Hündchen"
 
 
@@ -96,7 +104,12 @@ GOOD = {"image": "x.jpg", "conversations": turns("<image>\nWhat?", "A dog.")}
         ({"image": "x.jpg", "conversations": turns("What?", "A dog.")}, "0 <image> placeholders for 1 images"),
         ({"conversations": turns("<image>\nWhat?", "A dog.")}, "1 <image> placeholders for 0 images"),
         ({"image": "x.jpg", "conversations": turns("<image><image>", "A dog.")}, "2 <image> placeholders for 1"),
-        ({"image": ["x.jpg", "y.jpg"], "conversations": turns("<image>", "A dog.")}, "has 2 images"),
+        (
+            {"image": ["x.jpg", "y.jpg"], "conversations": turns("<image>", "A dog.")},
+            "1 <image> placeholders for 2 images",
+        ),
+        ({"image": [1], "conversations": turns("<image>", "A dog.")}, "name of a picture or a list of names"),
+        ({"image": 7, "conversations": turns("<image>", "A dog.")}, "name of a picture or a list of names"),
         ({"image": "x.jpg", "conversations": [{"from": "robot", "value": "Hi"}]}, "'from' .human or gpt."),
         ({"image": "x.jpg", "conversations": [{"from": "human", "value": None}]}, "'value' of text"),
         ({"image": "x.jpg", "text": "A dog."}, "none of 'conversations', 'captions' or 'question'"),

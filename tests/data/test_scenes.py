@@ -65,7 +65,7 @@ def test_every_row_is_llava_json_over_a_square_jpeg(drawn: dict[str, Path]) -> N
             question, answer = (turn["value"] for turn in row["conversations"])
             assert question.startswith("<image>\n")
             assert "{" not in question
-            assert read.image == row["image"]
+            assert read.images == (row["image"],)
             assert read.messages[1]["content"] == answer
             if row["kind"] not in ("where", "spell", "yesno"):
                 assert row["gold"].lower() in answer.replace(SPELLED, "").lower()

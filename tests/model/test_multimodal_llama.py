@@ -148,22 +148,23 @@ def test_loss_equals_transformers_with_labels_on_both_padding_sides() -> None:
         torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
 
 
-def conversations() -> list[tuple[str | None, Sample]]:
-    """Five about image a (three with the same question), two about b, two of text only."""
+def conversations() -> list[tuple[tuple[str, ...], Sample]]:
+    """Five about image a (three with the same question), two about b, one about both, two of text only."""
     image = [11, *[IMAGE] * 16]
 
     def sample(question: list[int], answer: list[int]) -> Sample:
         return Sample(question + answer, [IGNORE] * len(question) + answer)
 
     return [
-        ("a", sample([*image, 20, 21], [40, 2])),
-        ("a", sample([*image, 20, 21], [41, 42, 2])),
-        ("b", sample([*image, 22], [43, 44, 2])),
-        (None, sample([11, 23, 24], [45, 46, 2])),
-        ("a", sample([*image, 20, 21], [40, 47, 2])),
-        ("a", sample([*image, 25, 26, 27], [48, 2])),
-        ("b", sample([*image, 28], [49, 2])),
-        (None, sample([11], [50, 2])),
+        (("a",), sample([*image, 20, 21], [40, 2])),
+        (("a",), sample([*image, 20, 21], [41, 42, 2])),
+        (("b",), sample([*image, 22], [43, 44, 2])),
+        ((), sample([11, 23, 24], [45, 46, 2])),
+        (("a",), sample([*image, 20, 21], [40, 47, 2])),
+        (("a",), sample([*image, 25, 26, 27], [48, 2])),
+        (("b",), sample([*image, 28], [49, 2])),
+        (("b", "a"), sample([*image, 29, *image, 30], [51, 2])),
+        ((), sample([11], [50, 2])),
     ]
 
 
@@ -171,12 +172,12 @@ def packed_and_alone(gradients: bool = False):
     _, ours = twins(siglip(), llama())
     pixels = {"a": torch.randn(3, 32, 32), "b": torch.randn(3, 32, 32)}
     total = torch.zeros(())
-    for image, sample in conversations():
+    for images, sample in conversations():
         ids, labels = torch.tensor([sample.ids]), torch.tensor([sample.labels])
-        shown = None if image is None else pixels[image][None]
+        shown = torch.stack([pixels[image] for image in images]) if images else None
         _, loss = ours(ids, torch.ones_like(ids), pixels=shown, labels=labels)
         total = total + loss * sum(label != IGNORE for label in sample.labels)
-    groups, dropped = group_samples(conversations(), 96)
+    groups, dropped = group_samples(conversations(), 96, IMAGE)
     assert dropped == 0
     assert sum(map(len, groups)) < sum(len(sample.ids) for _, sample in conversations()) - 2 * 16
     batch = pack(fill_rows(groups, 96, random.Random(0)), 96, pad_id=0)
