@@ -58,7 +58,7 @@ class ImageSource:
         Raises:
             DataError: the source has no such image.
         """
-        return self._file(name).stat().st_size if self._offsets is None else self._place(name)[1]
+        return self._locate(name)[2]
 
     def read(self, name: str) -> bytes:
         """The original bytes of one image.
@@ -66,23 +66,19 @@ class ImageSource:
         Raises:
             DataError: the source has no such image.
         """
-        if self._offsets is None:
-            return self._file(name).read_bytes()
-        offset, size = self._place(name)
-        with self.path.open("rb") as archive:
-            archive.seek(offset)
-            return archive.read(size)
+        path, offset, size = self._locate(name)
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
-    def _file(self, name: str) -> Path:
+    def _locate(self, name: str) -> tuple[Path, int, int]:
+        """The file that holds an image, where in it the image begins, and its size."""
+        if self._offsets is not None and name in self._offsets:
+            return self.path, *self._offsets[name]
         file = (self.path / name).resolve()
-        if not file.is_relative_to(self.path.resolve()) or not file.is_file():
-            raise DataError(f"{self.path} holds no image {name!r}")
-        return file
-
-    def _place(self, name: str) -> tuple[int, int]:
-        if self._offsets is None or name not in self._offsets:
-            raise DataError(f"{self.path} holds no image {name!r}")
-        return self._offsets[name]
+        if self._offsets is None and file.is_relative_to(self.path.resolve()) and file.is_file():
+            return file, 0, file.stat().st_size
+        raise DataError(f"{self.path} holds no image {name!r}")
 
 
 def read_rows(path: Path, prompts: list[str]) -> Iterator[Row]:
@@ -90,7 +86,7 @@ def read_rows(path: Path, prompts: list[str]) -> Iterator[Row]:
 
     `prompts` are what a caption answers; they are taken in turn.
     """
-    for number, record in enumerate(_records(path)):
+    for number, record in enumerate(read_records(path)):
         where = f"{path}, row {number}"
         if not isinstance(record, dict):
             raise DataError(f"{where}: expected an object, found {type(record).__name__}")
@@ -108,7 +104,8 @@ def read_rows(path: Path, prompts: list[str]) -> Iterator[Row]:
             raise DataError(f"{where}: has none of 'conversations', 'captions' or 'question' with 'answer'")
 
 
-def _records(path: Path) -> Iterator[Any]:
+def read_records(path: Path) -> Iterator[Any]:
+    """The records of a data file as they stand: of a `.jsonl` its lines, else of one JSON list."""
     try:
         if path.suffix == ".jsonl":
             with path.open(encoding="utf-8") as lines:

@@ -1,6 +1,5 @@
 """Measures an assistant in this process, with no service between: captions, drawn scenes, and its chat."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ from peft import PeftModel
 
 from basalt.data.images import decode_image
 from basalt.data.preprocess import IGNORE
-from basalt.data.readers import ImageSource, read_rows
+from basalt.data.readers import ImageSource, read_records, read_rows
 from basalt.eval.captions import bleu, cider
 from basalt.eval.scenes import Score, score
 from basalt.model.assistant import LocalAssistant
@@ -24,7 +23,7 @@ def caption_scores(
     assistant: LocalAssistant, rows: Path, images: Path, *, beams: int = 1, limit: int | None = None
 ) -> dict[str, float]:
     """CIDEr-D and BLEU-4 of answers to "Describe the image." against all reference captions; greedy with one beam."""
-    records = spread([json.loads(line) for line in rows.read_text().splitlines() if line.strip()], limit)
+    records = spread(list(read_records(rows)), limit)
     references = {record["image"]: record["captions"] for record in records}
     names = list(references)
     questions = [(name, "Describe the image.") for name in names]
@@ -37,7 +36,7 @@ def scene_scores(
     assistant: LocalAssistant, scenes: Path, *, limit: int | None = None
 ) -> tuple[dict[str, Score], list[tuple[dict[str, Any], str]]]:
     """Scores by kind of question, and every row with its answer."""
-    every = [row for row in json.loads((scenes / "scenes.json").read_text()) if row["kind"] != "caption"]
+    every = [row for row in read_records(scenes / "scenes.json") if row["kind"] != "caption"]
     rows = spread(every, limit)
     questions = [(row["image"], row["conversations"][0]["value"].removeprefix("<image>\n")) for row in rows]
     answers = _ask(assistant, ImageSource(scenes), questions, max_new_tokens=16)

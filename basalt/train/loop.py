@@ -3,6 +3,7 @@
 import ctypes
 import json
 import math
+import os
 import random
 import shutil
 import sys
@@ -23,6 +24,7 @@ from basalt.train.data import Batch, Dealer, prefetched, prepare
 from basalt.train.recipe import Recipe, RecipeError
 
 MAY_CHANGE = ("steps", "decay", "checkpoint_every")  # when a run goes on
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 COMPILE_FROM = 100  # steps: in fewer, compiling takes longer than it saves
 
 
@@ -224,10 +226,15 @@ class Run:
 def compile_layers(layers: nn.ModuleList) -> None:
     """Compiles the LM's layers: once for all of them, and once for each size of a pass. Without a C++ compiler
     training on a CPU runs them as they are, which takes about half as long again."""
-    if torch.cuda.is_available() or shutil.which("g++") or shutil.which("clang++"):
+    if torch.cuda.is_available() or has_compiler():
         torch._dynamo.config.recompile_limit = 64  # sizes, with and without gradients
         for layer in layers:
             layer.compile(dynamic=False)
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler that torch.compile calls on Linux is there: `$CXX`, or g++; it tries no other."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def keep_freed_memory() -> None:
@@ -236,11 +243,7 @@ def keep_freed_memory() -> None:
     never repeat, still goes back: kept, it would fragment the heap without end."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        for option, value in (
-            (-3, 2**25),
-            (-1, 2**31 - 1),
-            (-2, 2**28),
-        ):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
+        for option, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
             libc.mallopt(option, value)
 
 

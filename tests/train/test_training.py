@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from basalt.model.assistant import LocalAssistant
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import load_projector
 from basalt.train.data import Dealer, prefetched
-from basalt.train.loop import MasterAdamW, Run, rate_factor
+from basalt.train.loop import MasterAdamW, Run, has_compiler, rate_factor
 from basalt.train.publish import publish
 from basalt.train.recipe import Recipe, RecipeError
 from basalt.train.stage1_align import train_stage1
@@ -227,7 +226,7 @@ def test_steps_too_small_for_bf16_add_up() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+@pytest.mark.skipif(not has_compiler(), reason="compiling needs a C++ compiler")
 def test_compiled_training_is_the_same_training(
     stage2: Recipe, aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
