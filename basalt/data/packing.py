@@ -47,10 +47,17 @@ class Packed:
     target: Tensor  # [K]
     images: list[str]  # in the order of their visual tokens
 
+    def to(self, device: torch.device) -> "Packed":
+        moved = (
+            tensor.to(device, non_blocking=True)
+            for tensor in (self.ids, self.positions, self.groups, self.branches, self.source, self.target)
+        )
+        return Packed(*moved, self.images)
+
     def attention_mask(self) -> Tensor:
         """Boolean `[R, 1, T, T]`: causal, within a group, and there to the prefix or the own branch."""
         rows, length = self.ids.shape
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.ids.device).tril()
         same_group = self.groups[:, :, None] == self.groups[:, None, :]
         visible = (self.branches[:, None, :] == PREFIX) | (self.branches[:, :, None] == self.branches[:, None, :])
         return (causal & same_group & visible)[:, None].expand(rows, 1, length, length)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from basalt.data.packing import Group, Packed, fill_rows, group_samples, pack
-from basalt.data.preprocess import Tokenizer
+from basalt.data.preprocess import IGNORE, Tokenizer
 from basalt.data.readers import DataError, ImageSource, read_rows
 from basalt.data.scenes import Box
+from basalt.train import parallel
 from basalt.train.features import FeatureCache, cached_features
 from basalt.train.recipe import DataSource, Recipe
 
@@ -68,8 +69,19 @@ def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> Source:
     return Source(groups, source.weight, cache, boxes)
 
 
+@dataclass(frozen=True)
+class Dealt:
+    """This process's batches of one step, and how many tokens the batches of all processes teach."""
+
+    batches: list[Batch]
+    supervised: int
+
+
 class Dealer:
-    """Deals the batches of a run: step `n` is the same batch whenever and wherever it is asked for."""
+    """Deals the batches of a run: step `n` is the same batch whenever and wherever it is asked for.
+
+    Where several processes train together, each gets its share of a step's passes.
+    """
 
     def __init__(self, sources: list[Source], recipe: Recipe, pad_id: int) -> None:
         self.sources = sources
@@ -79,15 +91,17 @@ class Dealer:
         self._passes: list[list[list[Group]]] = []
         self._home = {id(group): source for source in sources for group in source.groups}
 
-    def step(self, number: int) -> list[Batch]:
-        """The passes of step `number`, counted from 0."""
+    def step(self, number: int) -> Dealt:
+        """Step `number`, counted from 0."""
         per_epoch = self._steps_per_epoch()
         epoch, offset = divmod(number, per_epoch)
         if epoch != self._epoch:
             self._passes, self._epoch = self._deal(epoch), epoch
         size = self.recipe.passes_per_step
         begin = min(offset * size, max(len(self._passes) - size, 0))  # packing varies a little from epoch to epoch
-        return [self.batch(rows) for rows in self._passes[begin : begin + size]]
+        passes = self._passes[begin : begin + size]
+        rank, world = parallel.rank_and_world()
+        return Dealt([self.batch(rows) for rows in passes[rank::world]], sum(map(_supervised, passes)))
 
     def batch(self, rows: list[list[Group]]) -> Batch:
         """Rows of groups as tensors, with the features of their images in order.
@@ -126,6 +140,17 @@ class Dealer:
             passes += [window[at : at + size] for at in range(0, len(window), size)]
         rng.shuffle(passes)
         return passes
+
+
+def _supervised(rows: list[list[Group]]) -> int:
+    """How many tokens rows of groups teach, counted as `pack` lays them out."""
+    return sum(
+        label != IGNORE and bool(i or group.prefix)
+        for row in rows
+        for group in row
+        for branch in group.branches
+        for i, label in enumerate(branch.labels)
+    )
 
 
 def prefetched(make: Callable[[int], T], numbers: range) -> Iterator[T]:

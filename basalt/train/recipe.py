@@ -5,7 +5,7 @@ Relative paths are taken from the working directory, `$NAME` in them from the en
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -76,6 +76,9 @@ class Recipe(_Part):
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
     checkpoint_every: int = Field(default=100, gt=0)
+    quantize: Literal["nf4"] | None = None  # of the frozen base LM: QLoRA, for small GPUs
+    recompute: bool = False  # activations in the backward pass (checkpointing): a fifth slower, much less memory
+    shard: bool = False  # the frozen base LM over the processes that train together (FSDP2)
     seed: int = 0
     features: ExpandedPath = Path("var/features")  # cache of tower features
 
