@@ -10,6 +10,8 @@ from sqlalchemy.sql.functions import GenericFunction
 class now(GenericFunction[float]):
     """Seconds since 1970, with fractions, when the statement runs."""
 
+    name = "basalt_now"
+    identifier = "basalt_now"
     type = Double()
     inherit_cache = True
 

@@ -8,11 +8,11 @@ that lost its lease without knowing (a stopped machine, a cut network) changes n
 import secrets
 from typing import Any, Literal
 
-from basalt.record.database import Base
 from sqlalchemy import JSON, ForeignKey, Index, case, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from basalt.record.clock import now
+from basalt.record.database import Base
 
 Status = Literal["queued", "validating_files", "running", "paused", "succeeded", "failed", "cancelled"]
 ENDED = ("succeeded", "failed", "cancelled")
@@ -162,6 +162,11 @@ def ask(session: Session, job_id: str, wanted: Literal["run", "pause", "cancel"]
     told = {"run": "Asked to run", "pause": "Asked to pause", "cancel": "Asked to stop for good"}[wanted]
     add_event(session, job_id, told if job.status in AT_WORK else {"run": "Queued"}.get(wanted, job.status.title()))
     return job
+
+
+def mark_sent(session: Session, job_id: str) -> None:
+    """A message for the job is on the queue."""
+    session.execute(update(Job).where(Job.id == job_id).values(sent_at=now()))
 
 
 # What a worker does

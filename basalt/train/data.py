@@ -93,7 +93,7 @@ class Dealer:
 
     def step(self, number: int) -> Dealt:
         """Step `number`, counted from 0."""
-        per_epoch = self._steps_per_epoch()
+        per_epoch = self.steps_per_epoch()
         epoch, offset = divmod(number, per_epoch)
         if epoch != self._epoch:
             self._passes, self._epoch = self._deal(epoch), epoch
@@ -118,7 +118,8 @@ class Dealer:
         cache = self._home[id(group)].features
         return [] if cache is None else [cache[name] for name in group.images]
 
-    def _steps_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
+        """By the packing of the first epoch; that of others differs by little."""
         if not self._passes:
             self._passes, self._epoch = self._deal(0), 0
             self._per_epoch = max(len(self._passes) // self.recipe.passes_per_step, 1)

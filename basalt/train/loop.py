@@ -24,7 +24,7 @@ from basalt.train.phase import Phase
 from basalt.train.progress import Tally
 from basalt.train.recipe import Recipe, RecipeError
 
-MAY_CHANGE = ("steps", "decay", "checkpoint_every")  # when a run goes on
+MAY_CHANGE = ("steps", "epochs", "decay", "checkpoint_every")  # when a run goes on
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 COMPILE_FROM = 100  # steps: in fewer, compiling takes longer than it saves
 
@@ -108,6 +108,7 @@ class Run:
         )
         sources = [prepare(source, recipe, self.tokenizer) for source in recipe.data]
         self.dealer = Dealer(sources, recipe, pad_id=0)
+        self.steps = recipe.steps or max(round((recipe.epochs or 1) * self.dealer.steps_per_epoch()), 1)
         self.held_out = self._held_out()
         self.standardizer = Standardizer(recipe.tower.width)
         self.projector = Projector(recipe.tower.width, recipe.projector_hidden, self.lm.config.hidden_size)
@@ -146,7 +147,7 @@ class Run:
         layers = model.causal_lm.model.layers
         if recipe.shard:
             parallel.shard(layers)
-        if recipe.steps >= COMPILE_FROM:
+        if self.steps >= COMPILE_FROM:
             compile_layers(layers)
 
         def work(step: int, dealt: Dealt) -> Tally:
@@ -156,7 +157,7 @@ class Run:
                 loss = self._loss(model, batch)
                 (loss / dealt.supervised).backward()
                 total = total + loss.detach()
-            factor = rate_factor(step, recipe.steps, warmup=recipe.warmup, decay=recipe.decay)
+            factor = rate_factor(step, self.steps, warmup=recipe.warmup, decay=recipe.decay)
             norm = optimizer.step(factor, recipe.clip)
             positions = sum(batch.packed.ids.numel() for batch in batches)
             tokens = sum(int((batch.packed.groups >= 0).sum()) for batch in batches)
@@ -175,11 +176,12 @@ class Run:
         Phase(
             name=name,
             directory=self.directory,
-            steps=recipe.steps,
+            steps=self.steps,
             checkpoint_every=recipe.checkpoint_every,
             deal=self.dealer.step,
             work=work,
             state=lambda: {
+                "steps": self.steps,
                 "projector": {name: value.float() for name, value in self.projector.state_dict().items()},
                 "standardizer": self.standardizer.state_dict(),
                 "optimizer": optimizer.state(),

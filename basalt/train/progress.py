@@ -35,7 +35,7 @@ class Telling:
     def __init__(self, directory: Path, name: str, first: int, steps: int, *, leading: bool) -> None:
         self.name, self.path, self.steps, self.leading = name, directory / LOG, steps, leading
         self._sums: dict[str, tuple[Tensor | float, float]] = {}
-        self._tokens, self._began = 0, time.monotonic()
+        self._tokens, self._steps, self._began = 0, 0, time.monotonic()
         if not leading:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -67,6 +67,7 @@ class Telling:
             before, seen = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = before + total, seen + count
         self._tokens += tally.tokens
+        self._steps += 1
         if self.leading:
             self._bar.advance(self._task)
 
@@ -75,9 +76,10 @@ class Telling:
         if not self.leading:
             return
         seconds = max(time.monotonic() - self._began, 1e-9)
-        line: dict[str, float | str] = {"step": step, "steps": self.steps}
+        line: dict[str, float | str] = {"step": step, "steps": self.steps, "tokens": self._tokens}
         line |= {name: float(total) / max(count, 1) for name, (total, count) in self._sums.items()}
-        line |= {"tokens_per_second": self._tokens / seconds, "memory_gib": memory_gib(), **figures}
+        line |= {"tokens_per_second": self._tokens / seconds, "seconds_per_step": seconds / max(self._steps, 1)}
+        line |= {"memory_gib": memory_gib(), **figures}
         line = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in line.items()}
         with self.path.open("a") as log:
             log.write(json.dumps(line) + "\n")
@@ -91,7 +93,7 @@ class Telling:
 
     def begin(self) -> None:
         """Forgets what was added: time that was not spent on steps is not to be counted."""
-        self._sums, self._tokens, self._began = {}, 0, time.monotonic()
+        self._sums, self._tokens, self._steps, self._began = {}, 0, 0, time.monotonic()
 
 
 def read_log(directory: Path) -> list[dict[str, float]]:

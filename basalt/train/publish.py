@@ -36,7 +36,7 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
     """
     state = learned(run)
     recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
-    if state["step"] < recipe.steps or (recipe.lora is not None and not (run / "lora").is_dir()):
+    if state["step"] < state["steps"] or (recipe.lora is not None and not (run / "lora").is_dir()):
         raise FileNotFoundError(f"{run} is not finished: start it again, it goes on where it stopped")
     directory = models / name
     directory.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from basalt.assistants import TowerSpec
 
@@ -67,7 +67,8 @@ class Recipe(_Part):
     grounding: Grounding | None = None
     lora: LoRA | None = None
     projector_learning_rate: float = Field(gt=0)
-    steps: int = Field(gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)  # instead of steps: how often all data is seen
     rows_per_pass: int = Field(gt=0)  # run through the model together; fits memory
     passes_per_step: int = Field(default=1, gt=0)  # whose gradients are added up
     row_length: int = Field(gt=0)  # tokens
@@ -81,6 +82,12 @@ class Recipe(_Part):
     shard: bool = False  # the frozen base LM over the processes that train together (FSDP2)
     seed: int = 0
     features: ExpandedPath = Path("var/features")  # cache of tower features
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Recipe":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give `steps` or `epochs`, one of the two")
+        return self
 
 
 def load_recipe(path: Path) -> Recipe:
