@@ -1,6 +1,8 @@
 """`basalt`: one command for what is not a service. Each command imports what it needs when it runs."""
 
 import json
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -22,19 +24,17 @@ RunDirectory = Annotated[Path, typer.Option("--out", help="the run's directory; 
 @train.command("stage1")
 def stage1(config: RecipePath, out: RunDirectory) -> None:
     """Alignment: trains the projector alone."""
-    from basalt.train.recipe import load_recipe
     from basalt.train.stage1_align import train_stage1
 
-    _plainly(lambda: train_stage1(load_recipe(config), out))
+    _train(train_stage1, config, out)
 
 
 @train.command("stage2")
 def stage2(config: RecipePath, out: RunDirectory) -> None:
     """Instruction tuning: trains projector and LoRA."""
-    from basalt.train.recipe import load_recipe
     from basalt.train.stage2_instruct import train_stage2
 
-    _plainly(lambda: train_stage2(load_recipe(config), out))
+    _train(train_stage2, config, out)
 
 
 @data.command("make-scenes")
@@ -99,6 +99,27 @@ def list_assistants(root: Annotated[Path, typer.Option("--models")] = Path("mode
     _plainly(lambda: [typer.echo(f"{name}\t{found.version}") for name, found in load_assistants(root).items()])
 
 
+def _train(stage: Callable[..., None], config: Path, out: Path) -> None:
+    """Trains, alone or as one of the processes of `torchrun`; Ctrl-C or SIGTERM stops it with a checkpoint."""
+    from basalt.train import parallel
+    from basalt.train.phase import Stopped
+    from basalt.train.recipe import load_recipe
+
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+
+    def work() -> None:
+        with parallel.together():
+            try:
+                stage(load_recipe(config), out, asked.is_set)
+            except Stopped as stopped:
+                typer.echo(str(stopped))
+                raise typer.Exit(75) from None
+
+    _plainly(work)
+
+
 def _plainly(work: Callable[[], object]) -> None:
     """Runs a command; an error its author foresaw is one line on stderr, not a traceback."""
     from basalt.assistants import AssistantError
@@ -106,6 +127,8 @@ def _plainly(work: Callable[[], object]) -> None:
 
     try:
         work()
+    except typer.Exit:  # itself a RuntimeError
+        raise
     except (AssistantError, DataError, FileNotFoundError, RuntimeError, ValueError) as error:
         typer.echo(f"basalt: {error}", err=True)
         raise typer.Exit(1) from None

@@ -48,11 +48,18 @@ class Packed:
     images: list[str]  # in the order of their visual tokens
 
     def to(self, device: torch.device) -> "Packed":
-        moved = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.ids, self.positions, self.groups, self.branches, self.source, self.target)
+        def there(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return Packed(
+            there(self.ids),
+            there(self.positions),
+            there(self.groups),
+            there(self.branches),
+            there(self.source),
+            there(self.target),
+            self.images,
         )
-        return Packed(*moved, self.images)
 
     def attention_mask(self) -> Tensor:
         """Boolean `[R, 1, T, T]`: causal, within a group, and there to the prefix or the own branch."""

@@ -98,8 +98,9 @@ class Dealer:
         if epoch != self._epoch:
             self._passes, self._epoch = self._deal(epoch), epoch
         size = self.recipe.passes_per_step
-        begin = min(offset * size, max(len(self._passes) - size, 0))  # packing varies a little from epoch to epoch
-        passes = self._passes[begin : begin + size]
+        # Packing varies a little from epoch to epoch, and a small data set has fewer passes than a step.
+        begin = min(offset * size, max(len(self._passes) - size, 0))
+        passes = [self._passes[(begin + at) % len(self._passes)] for at in range(size)]
         rank, world = parallel.rank_and_world()
         return Dealt([self.batch(rows) for rows in passes[rank::world]], sum(map(_supervised, passes)))
 

@@ -88,7 +88,11 @@ class Run:
     def __init__(self, recipe: Recipe, directory: Path) -> None:
         torch.manual_seed(recipe.seed)
         directory.mkdir(parents=True, exist_ok=True)
-        keep_recipe(recipe, directory / "recipe.json")
+        with parallel.leader_first():
+            keep_recipe(recipe, directory / "recipe.json")
+        world = parallel.rank_and_world()[1]
+        if recipe.passes_per_step % world:
+            raise RecipeError(f"passes_per_step = {recipe.passes_per_step} cannot be shared by {world} processes alike")
         self.recipe, self.directory = recipe, directory
         self.device = parallel.device()
         # Measured on two CPU cores with rows of 320 tokens: the plain product beats the fused CPU kernel's backward.
@@ -106,10 +110,11 @@ class Run:
         self.tokenizer = Tokenizer(
             AutoTokenizer.from_pretrained(recipe.base_lm), template, recipe.image_token_id, recipe.tower.tokens
         )
-        sources = [prepare(source, recipe, self.tokenizer) for source in recipe.data]
+        with parallel.leader_first():
+            sources = [prepare(source, recipe, self.tokenizer) for source in recipe.data]
+            self.held_out = self._held_out()
         self.dealer = Dealer(sources, recipe, pad_id=0)
         self.steps = recipe.steps or max(round((recipe.epochs or 1) * self.dealer.steps_per_epoch()), 1)
-        self.held_out = self._held_out()
         self.standardizer = Standardizer(recipe.tower.width)
         self.projector = Projector(recipe.tower.width, recipe.projector_hidden, self.lm.config.hidden_size)
         if recipe.start is None:

@@ -33,8 +33,28 @@ def rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+@contextmanager
+def leader_first() -> Iterator[None]:
+    """The first process does what is inside, then the others: they find files that it wrote."""
+    leading = rank_and_world()[0] == 0
+    if dist.is_initialized() and not leading:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and leading:
+        dist.barrier()
+
+
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def added_up(numbers: list[float]) -> list[float]:
+    """Each number, summed over the processes."""
+    if not dist.is_initialized():
+        return numbers
+    summed = torch.tensor(numbers, dtype=torch.float64, device=device())
+    dist.all_reduce(summed)
+    return summed.tolist()
 
 
 def shard(layers: nn.ModuleList) -> None:

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from basalt.train import parallel
+
 EVERY = 20  # steps
 LOG = "log.jsonl"
 
@@ -72,13 +74,15 @@ class Telling:
             self._bar.advance(self._task)
 
     def tell(self, step: int, **figures: float | str) -> None:
-        """Writes the means since the last time, and `figures`; begins anew."""
+        """Writes the means since the last time, of all processes, and `figures`; begins anew."""
+        sums = parallel.added_up([float(total) for total, _ in self._sums.values()])
+        *counts, tokens = parallel.added_up([*(count for _, count in self._sums.values()), self._tokens])
         if not self.leading:
             return
         seconds = max(time.monotonic() - self._began, 1e-9)
-        line: dict[str, float | str] = {"step": step, "steps": self.steps, "tokens": self._tokens}
-        line |= {name: float(total) / max(count, 1) for name, (total, count) in self._sums.items()}
-        line |= {"tokens_per_second": self._tokens / seconds, "seconds_per_step": seconds / max(self._steps, 1)}
+        line: dict[str, float | str] = {"step": step, "steps": self.steps, "tokens": round(tokens)}
+        line |= {name: total / max(count, 1) for name, total, count in zip(self._sums, sums, counts, strict=True)}
+        line |= {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / max(self._steps, 1)}
         line |= {"memory_gib": memory_gib(), **figures}
         line = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in line.items()}
         with self.path.open("a") as log:

@@ -60,7 +60,8 @@ def test_the_recipes_of_the_project_are_valid(path: Path, monkeypatch: pytest.Mo
     ("change", "says"),
     [
         ({"steps": 0}, "steps: Input should be greater than 0"),
-        ({"epochs": 3}, "epochs: Extra inputs are not permitted"),
+        ({"epoch": 3}, "epoch: Extra inputs are not permitted"),
+        ({"epochs": 3}, "Value error, give `steps` or `epochs`, one of the two"),
         ({"data": []}, "data: List should have at least 1 item"),
         ({"tower": {**GOOD["tower"], "fit": "stretch"}}, r"tower\.fit: Input should be 'resize' or 'pad'"),
         ({"warmup": 1.0}, "warmup: Input should be less than 1"),

@@ -16,7 +16,7 @@ from basalt.train.progress import read_log
 from basalt.train.recipe import Grounding, Recipe
 from basalt.train.stage1_align import train_stage1
 from basalt.train.stage2_instruct import train_stage2
-from tests.train.test_training import masters, same
+from tests.train.runs import masters, same
 
 KILLS = 20
 
