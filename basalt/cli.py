@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from basalt.jobs import app as jobs
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 train = typer.Typer(no_args_is_help=True, help="Train an assistant from a recipe.")
 data = typer.Typer(no_args_is_help=True, help="Make and check training data.")
@@ -16,6 +18,7 @@ models = typer.Typer(no_args_is_help=True, help="The assistants on this machine 
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 app.add_typer(models, name="models")
+app.add_typer(jobs, name="jobs")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="CONFIG", help="the recipe, a YAML file")]
 RunDirectory = Annotated[Path, typer.Option("--out", help="the run's directory; an interrupted run goes on from there")]

@@ -3,11 +3,14 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from typer.testing import CliRunner
 
+from basalt.cli import app
 from tests.trainer.conftest import Trainer, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -137,3 +140,23 @@ def test_data_that_is_not_what_it_says_fails_with_the_reason(trainer: Trainer, i
     wait(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "failed", 120)
     error = client.fine_tuning.jobs.retrieve(job_id).error
     assert error is not None and "expected a list of rows" in error.message
+
+
+def test_the_command_line_submits_and_watches(
+    trainer: Trainer, rows: bytes, images: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.json").write_bytes(rows)
+    (tmp_path / "images.tar").write_bytes(images)
+    monkeypatch.setenv("BASALT_TRAINER_URL", trainer.url)
+    arguments = ["--model", "tiny", "--data", str(tmp_path / "rows.json"), "--images", str(tmp_path / "images.tar")]
+    done = CliRunner().invoke(app, ["jobs", "create", *arguments, "--stage", "stage1", "--set", "steps=5", "--watch"])
+    assert done.exit_code == 0, done.output
+    job_id, *told = done.output.splitlines()
+    assert told[0] == "Created"
+    assert told[-1].startswith(f"Published {job_id}@")
+    assert f"{job_id}\tsucceeded\ttiny" in CliRunner().invoke(app, ["jobs", "list"]).output
+    refused = CliRunner().invoke(app, ["jobs", "resume", job_id])
+    assert refused.exit_code == 1
+    assert "has succeeded: it can no longer be changed" in refused.output
+    monkeypatch.setenv("BASALT_TRAINER_URL", "http://127.0.0.1:9")
+    assert "no trainer answers at http://127.0.0.1:9" in CliRunner().invoke(app, ["jobs", "list"]).output
