@@ -112,10 +112,11 @@ class Dealer:
         longest = max(_length(row) for row in rows)
         length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, self.recipe.row_length)
         packed = pack(rows, length, self.pad_id)
-        features = [feature for row in rows for group in row for feature in self._features(group)]
+        features = [feature for row in rows for group in row for feature in self.features(group)]
         return Batch(packed, torch.stack(features) if features else None)
 
-    def _features(self, group: Group) -> list[Tensor]:
+    def features(self, group: Group) -> list[Tensor]:
+        """Of each image of a group, `[tokens, tower_dim]`."""
         cache = self._home[id(group)].features
         return [] if cache is None else [cache[name] for name in group.images]
 

@@ -23,6 +23,7 @@ from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.phase import Phase
 from basalt.train.progress import Tally
 from basalt.train.recipe import Recipe, RecipeError
+from basalt.train.samples import Sample, answers, sample_of
 
 MAY_CHANGE = ("steps", "epochs", "decay", "checkpoint_every")  # when a run goes on
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
@@ -133,10 +134,13 @@ class Run:
         self.projector.scale_output(float(self.lm.get_input_embeddings().weight.float().std()))
 
     def _held_out(self) -> list[Batch]:
+        self.samples: list[Sample] = []
         if self.recipe.held_out is None:
             return []
         source = prepare(self.recipe.held_out, self.recipe, self.tokenizer)
         dealer = Dealer([source], self.recipe, pad_id=0)
+        chosen = [group for group in source.groups if group.images][: self.recipe.samples]
+        self.samples = [sample_of(group, dealer.features(group), self.tokenizer) for group in chosen]
         rows = fill_rows(source.groups[:96], self.recipe.row_length, random.Random(0))
         size = self.recipe.rows_per_pass
         return [dealer.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
@@ -193,12 +197,19 @@ class Run:
             },
             load=load,
             stop=stop,
-            evaluate=lambda: {"held_out_loss": self.held_out_loss(model)} if self.held_out else {},
+            evaluate=lambda: self.evaluate(model),
         ).run()
 
     def _loss(self, model: MultimodalLlama, batch: Batch) -> Tensor:
         features = None if batch.features is None else self.standardizer(batch.features.to(self.device))
         return model.packed_loss(batch.packed.to(self.device), features)
+
+    def evaluate(self, model: MultimodalLlama) -> dict[str, Any]:
+        """The loss on the held-out rows, and answers to some of them."""
+        if not self.held_out:
+            return {}
+        told = answers(self.samples, model, self.standardizer, self.tokenizer)
+        return {"held_out_loss": self.held_out_loss(model), "samples": told}
 
     @torch.no_grad()
     def held_out_loss(self, model: MultimodalLlama) -> float:

@@ -49,7 +49,7 @@ class Phase(Generic[B]):
     state: Callable[[], dict[str, Any]]
     load: Callable[[dict[str, Any]], None]
     stop: Callable[[], bool]
-    evaluate: Callable[[], dict[str, float]] = field(default=dict)
+    evaluate: Callable[[], dict[str, Any]] = field(default=dict)
 
     def run(self) -> None:
         """Does the steps that are left.

@@ -4,9 +4,10 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -73,22 +74,26 @@ class Telling:
         if self.leading:
             self._bar.advance(self._task)
 
-    def tell(self, step: int, **figures: float | str) -> None:
-        """Writes the means since the last time, of all processes, and `figures`; begins anew."""
+    def tell(self, step: int, samples: Sequence[dict[str, str]] = (), **figures: float) -> None:
+        """Writes the means since the last time, of all processes, `figures`, and sampled answers; begins anew."""
         sums = parallel.added_up([float(total) for total, _ in self._sums.values()])
         *counts, tokens = parallel.added_up([*(count for _, count in self._sums.values()), self._tokens])
         if not self.leading:
             return
         seconds = max(time.monotonic() - self._began, 1e-9)
-        line: dict[str, float | str] = {"step": step, "steps": self.steps, "tokens": round(tokens)}
+        line: dict[str, Any] = {"step": step, "steps": self.steps, "tokens": round(tokens)}
         line |= {name: total / max(count, 1) for name, total, count in zip(self._sums, sums, counts, strict=True)}
         line |= {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / max(self._steps, 1)}
         line |= {"memory_gib": memory_gib(), **figures}
         line = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in line.items()}
+        for number, sample in enumerate(samples):
+            text = f"{sample['question']}\n\n**{sample['answer']}**\n\n({sample['expected']})"
+            self._curves.add_text(f"sample {number}", text, step)
+        line |= {"samples": list(samples)} if samples else {}
         with self.path.open("a") as log:
             log.write(json.dumps(line) + "\n")
         for name, value in line.items():
-            if name not in ("step", "steps") and not isinstance(value, str):
+            if name not in ("step", "steps", "samples"):
                 self._curves.add_scalar(name, value, step)
         self._bar.update(self._task, told=f"loss {line.get('loss', 0):.3f}")
         if self._bar.disable:
@@ -100,7 +105,7 @@ class Telling:
         self._sums, self._tokens, self._steps, self._began = {}, 0, 0, time.monotonic()
 
 
-def read_log(directory: Path) -> list[dict[str, float]]:
+def read_log(directory: Path) -> list[dict[str, Any]]:
     """The lines of a phase's log; one that a killed process left unfinished is left out."""
     if not (directory / LOG).is_file():
         return []

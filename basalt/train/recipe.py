@@ -62,7 +62,8 @@ class Recipe(_Part):
     image_token_id: int = Field(ge=0)
     projector_hidden: int = Field(gt=0)
     data: list[DataSource] = Field(min_length=1)
-    held_out: DataSource | None = None  # its loss is printed as training goes
+    held_out: DataSource | None = None  # its loss is measured as training goes
+    samples: int = Field(default=3, ge=0)  # held-out questions whose answers are shown as training goes
     start: ExpandedPath | None = None  # a stage 1 run whose projector is trained on
     grounding: Grounding | None = None
     lora: LoRA | None = None

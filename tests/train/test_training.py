@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tests.tiny_lm import make_lm
 from tests.train.runs import masters, same
 
 
-def log(run: Path) -> list[dict[str, float]]:
+def log(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
@@ -42,6 +43,10 @@ def test_stage_1_lowers_the_loss_and_trains_the_projector_alone(stage1: Recipe, 
     before = fresh.held_out_loss(MultimodalLlama(None, fresh.projector, fresh.lm, stage1.image_token_id))
     assert figures[-1]["loss"] < figures[0]["loss"] < before + 0.1
     assert figures[-1]["held_out_loss"] < before - 0.1
+    shown = figures[-1]["samples"]
+    assert len(shown) == 3
+    assert all("Describe the image." in sample["question"] for sample in shown)
+    assert {sample["expected"] for sample in shown} == {"A red ellipse.", "A red rectangle.", "A green ellipse."}
     trained = masters(aligned)
     names = [f"linear_{n}.{part}" for n in (1, 2) for part in ("weight", "bias")]
     assert list(trained) == names
