@@ -21,15 +21,18 @@ def main(directory: Path) -> int:
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
-    from basalt.train.phase import Stopped  # after the handlers stand: importing torch takes seconds
+    import torch  # after the handlers stand: it takes seconds
 
+    from basalt.train.phase import Stopped
+
+    plan = Plan.model_validate_json((directory / PLAN).read_text())
     try:
-        run(Plan.model_validate_json((directory / PLAN).read_text()), directory, asked.is_set)
+        run(plan, directory, asked.is_set)
     except Stopped as stopped:
         print(stopped, flush=True)
         return STOPPED
-    except MemoryError as error:
-        return refuse(directory, "out_of_memory", str(error))
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return refuse(directory, "out_of_memory", f"{smaller(plan)} ({str(error).splitlines()[0]})")
     except (ValueError, FileNotFoundError) as error:  # ours all are: DataError, RecipeError, ImageError, …
         return refuse(directory, "invalid_training_job", str(error))
     except OSError as error:
@@ -52,6 +55,18 @@ def run(plan: Plan, directory: Path, stop) -> None:
             train_stage2(stage.recipe.model_copy(update={"start": start}), directory / stage.name, stop)
     shutil.rmtree(directory / PUBLISHED, ignore_errors=True)
     publish(directory / plan.stages[-1].name, plan.name, directory / PUBLISHED, plan.lineage)
+
+
+def smaller(plan: Plan) -> str:
+    """What would need less memory and learn the same."""
+    recipe = plan.stages[-1].recipe
+    rows, passes = recipe.rows_per_pass, recipe.passes_per_step
+    if rows == 1:
+        return "out of memory with one row at a time: set recompute or quantize, or a shorter row_length"
+    return (
+        f"out of memory with rows_per_pass = {rows}: {rows // 2} rows with passes_per_step = {passes * 2} are the same"
+        " batch and need about half the memory for activations"
+    )
 
 
 def refuse(directory: Path, code: str, message: str, status: int = REFUSED) -> int:

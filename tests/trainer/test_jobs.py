@@ -111,6 +111,27 @@ def test_a_stopped_worker_hands_its_job_on(trainer: Trainer, rows: bytes, images
     until(trainer, job_id, "cancelled", seconds=60)
 
 
+def test_the_object_store_and_redis_may_be_gone_for_a_while(trainer: Trainer, rows: bytes, images: bytes) -> None:
+    client = trainer.client()
+    job_id = submit(trainer, rows, images, steps=3000)
+    kept = lambda: list(client.fine_tuning.jobs.checkpoints.list(job_id))  # noqa: E731
+    wait(kept, 150)
+    store = trainer.directory / "objects"
+    store.rename(store.with_name("away"))
+    store.write_bytes(b"")  # no directory: nothing can be written
+    trainer.stop("redis", signal.SIGKILL)
+    time.sleep(10)
+    before = max(each.step_number for each in kept())
+    [process] = trainer.training()
+    store.unlink()
+    store.with_name("away").rename(store)
+    trainer.start("redis")
+    wait(lambda: max(each.step_number for each in kept()) > before, 60)
+    assert trainer.training() == [process]  # it went on all the while
+    client.fine_tuning.jobs.cancel(job_id)
+    until(trainer, job_id, "cancelled", seconds=60)
+
+
 def test_what_cannot_be_is_refused_at_once(trainer: Trainer, rows: bytes) -> None:
     client = trainer.client()
     with pytest.raises(openai.BadRequestError, match="one of tiny"):
