@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from basalt.jobs import app as jobs
+from basalt.keys import app as keys
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 train = typer.Typer(no_args_is_help=True, help="Train an assistant from a recipe.")
@@ -19,6 +20,7 @@ app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 app.add_typer(models, name="models")
 app.add_typer(jobs, name="jobs")
+app.add_typer(keys, name="keys")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="CONFIG", help="the recipe, a YAML file")]
 RunDirectory = Annotated[Path, typer.Option("--out", help="the run's directory; an interrupted run goes on from there")]

@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from pydantic import ValidationError
 
 from basalt import api_errors
 from basalt.api_errors import bad_request
+from basalt.auth import Guard
 from basalt.record.database import open_database
 from basalt.record.files import NoSuchFile
 from basalt.record.jobs import NoSuchJob, NotPossible
@@ -42,8 +43,9 @@ def create_app(settings: Settings) -> FastAPI:
     told = ((NoSuchFile, 404, "not_found"), (NoSuchJob, 404, "not_found"), (NotPossible, 409, "conflict"))
     for kind, status, code in told:
         app.add_exception_handler(kind, _told(status, code))
-    app.include_router(files.router(settings, sessions, store))
-    app.include_router(fine_tuning.router(settings, sessions, dispatcher))
+    guard = Guard(sessions, "train", host=settings.host, required=settings.require_key)
+    for router in (files.router(settings, sessions, store), fine_tuning.router(settings, sessions, dispatcher)):
+        app.include_router(router, dependencies=[Depends(guard)])
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

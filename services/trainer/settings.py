@@ -16,6 +16,7 @@ class Settings(StoreSettings, RecordSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8090, ge=1, le=65535)
+    require_key: bool = False  # of requests on loopback too; on any other address they always need one
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", validation_alias="BASALT_REDIS_URL")
 
     recipes: Path = Path("recipes")  # RECIPES/NAME/stage1.yaml and stage2.yaml: what a job's `model` may name

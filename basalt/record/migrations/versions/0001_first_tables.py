@@ -1,4 +1,4 @@
-"""Files, and jobs with their events and checkpoints."""
+"""Files, jobs with their events and checkpoints, API keys."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,6 +8,17 @@ down_revision = None
 
 
 def upgrade() -> None:
+    op.create_table(
+        "api_keys",
+        sa.Column("id", sa.String(), nullable=False),
+        sa.Column("name", sa.String(), nullable=False),
+        sa.Column("digest", sa.String(), nullable=False),
+        sa.Column("scopes", sa.JSON(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("revoked_at", sa.Double(), nullable=True),
+        sa.PrimaryKeyConstraint("id"),
+        sa.UniqueConstraint("digest"),
+    )
     op.create_table(
         "files",
         sa.Column("id", sa.String(), nullable=False),
@@ -86,3 +97,4 @@ def downgrade() -> None:
     op.drop_index("jobs_by_status", table_name="jobs")
     op.drop_table("jobs")
     op.drop_table("files")
+    op.drop_table("api_keys")
