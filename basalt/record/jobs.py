@@ -133,6 +133,12 @@ def events_after(session: Session, job_id: str, number: int, limit: int) -> list
     return list(session.scalars(wanted))
 
 
+def metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
+    """The measurements told of a job so far, in order."""
+    told = select(Event.data).where(Event.job_id == job_id, Event.type == "metrics").order_by(Event.number)
+    return [data for data in session.scalars(told) if data is not None]
+
+
 # What a client asks for
 
 

@@ -128,7 +128,8 @@ class Attempt:
         self.settings, self.sessions, self.store = runner.settings, runner.sessions, runner.store
         self.stopping, self.job, self.lease = runner.stopping, job, lease
         self.directory = runner.settings.work.resolve() / job.id
-        self.told: dict[str, int] = {}  # phase → the last step whose figures were told
+        with runner.sessions() as session:  # phase → the last step whose figures were told, by others before
+            self.told = {data["phase"]: data["step"] for data in jobs.metrics(session, job.id)}
         self.kept: dict[str, int] = {}  # stage → the last step whose checkpoint is in the object store
 
     def outcome(self) -> tuple[jobs.Status, dict[str, Any], str]:

@@ -78,6 +78,9 @@ def test_a_job_is_paused_and_resumed(trainer: Trainer, rows: bytes, images: byte
     assert f"going on from step {step}" in log
     client.fine_tuning.jobs.cancel(job_id)
     until(trainer, job_id, "cancelled", seconds=30)
+    told = [event.data for event in client.fine_tuning.jobs.list_events(job_id, limit=100) if event.type == "metrics"]
+    steps = [(data["phase"], data["step"]) for data in told]  # type: ignore[index]
+    assert len(steps) == len(set(steps))  # each is told once
     with pytest.raises(openai.ConflictError, match="has cancelled"):
         client.fine_tuning.jobs.resume(job_id)
 
