@@ -147,8 +147,7 @@ class Attempt:
         (self.directory / PLAN).write_text(prepared.model_dump_json())
         (self.directory / REFUSAL).unlink(missing_ok=True)
         self.tell(
-            f"Training on {self.lease._job.worker}"
-            + ("" if self.job.attempts == 1 else f", attempt {self.job.attempts}")
+            f"Training on {self.job.worker}" + ("" if self.job.attempts == 1 else f", attempt {self.job.attempts}")
         )
         code = self._train(prepared)
         if code == DONE:
