@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from basalt.data.packing import fill_rows
+from basalt.data.grouping import fill_rows
 from basalt.data.preprocess import TEMPLATES, Tokenizer
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import Projector
