@@ -42,6 +42,35 @@ def stage2(config: RecipePath, out: RunDirectory) -> None:
     _train(train_stage2, config, out)
 
 
+@data.command("check")
+def check(
+    config: RecipePath,
+    images: Annotated[
+        bool, typer.Option("--images/--no-images", help="decode every image, or see if it is there")
+    ] = True,
+    measure: Annotated[bool, typer.Option("--measure", help="run a few real training steps and time them")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Reads all data of a recipe first: what would be learned from, what dropped and why, and how long it takes."""
+    from rich.console import Console
+
+    from basalt.data.check import check_recipe
+    from basalt.data.check_table import print_report
+    from basalt.train.recipe import load_recipe
+
+    def run() -> None:
+        recipe = load_recipe(config)
+        report = check_recipe(recipe, images=images, measure=measure, tell=lambda text: typer.echo(text, err=True))
+        if as_json:
+            typer.echo(report.model_dump_json(indent=2))
+        else:
+            print_report(report, recipe, Console())
+        if report.problems:
+            raise typer.Exit(1)
+
+    _plainly(run)
+
+
 @data.command("make-scenes")
 def make_scenes_command(
     emoji: Annotated[list[Path], typer.Option(help="an unpacked @iconify-json emoji package; may be given again")],

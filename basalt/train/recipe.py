@@ -32,12 +32,12 @@ class _Part(BaseModel):
 
 
 class DataSource(_Part):
-    """Rows and the folder or tar of their images."""
+    """Rows, and the folder or tar of their images (see `basalt.data.readers`)."""
 
     rows: ExpandedPath
-    images: ExpandedPath | None = None
+    images: ExpandedPath | None = None  # none where the rows hold their images, or have none
     weight: float = Field(default=1.0, gt=0)  # share of its groups seen in an epoch; 2.0 is twice, 0.5 half
-    prompts: list[str] = ["Describe the image."]  # what a caption answers
+    prompts: list[str] = Field(default=["Describe the image."], min_length=1)  # what a caption answers
     boxes: ExpandedPath | None = None  # what stands where in the images, for grounding
 
 

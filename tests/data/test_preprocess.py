@@ -177,6 +177,19 @@ def test_nothing_to_learn_is_refused(tokenizer: Tokenizer) -> None:
         unmarked.sample(CONVERSATIONS["text only"])
 
 
+def test_an_answer_of_weight_0_is_read_and_not_learned(tokenizer: Tokenizer) -> None:
+    messages: list[dict[str, Any]] = [dict(message) for message in CONVERSATIONS["several turns"]]
+    plain = tokenizer.sample(messages)
+    messages[1]["weight"] = 0
+    sample = tokenizer.sample(messages)
+    assert sample.ids == plain.ids
+    assert learned(tokenizer, sample) == learned(tokenizer, plain)[1:]
+    marks_all = (TEMPLATES / "chatml.jinja").read_text().replace(" and message['weight'] != 0", "")
+    careless = Tokenizer(make_tokenizer(), marks_all, IMAGE_TOKEN_ID, VISUAL_TOKENS)
+    with pytest.raises(ValueError, match="must not mark answers of weight 0"):
+        careless.sample(messages)
+
+
 def test_spelled_words_are_tokens_a_letter_and_leave_no_trace() -> None:
     """With a tokenizer that merges: `ab` is one token, unless it is spelled."""
     merging = make_tokenizer()

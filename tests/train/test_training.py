@@ -166,12 +166,12 @@ def test_a_data_set_with_many_broken_images_is_refused(stage1: Recipe, data: Pat
     (images / "red-ellipse.png").write_bytes(b"not a picture")
     broken = stage1.data[0].model_copy(update={"images": images})
     recipe = stage1.model_copy(update={"data": [broken], "features": tmp_path / "features"})
-    with pytest.raises(DataError, match="of 12 rows, 2 have an image that cannot be decoded and 0 are longer"):
+    with pytest.raises(DataError, match="of 12 rows, 2 dropped: 2 × an image is missing or cannot be decoded"):
         train_stage1(recipe, tmp_path / "run")
 
 
 def test_rows_longer_than_a_row_are_refused(stage1: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="12 are longer than row_length = 20 tokens"):
+    with pytest.raises(DataError, match=r"12 × longer than row_length \(line 1: 59 tokens, row_length is 20\)"):
         train_stage1(stage1.model_copy(update={"row_length": 20}), tmp_path / "run")
 
 
