@@ -73,6 +73,7 @@ class EpochReport(BaseModel):
     padding: float  # share of all positions that are run through the model
     passes: int
     steps: int
+    epochs: float  # that the recipe's steps make
     tokens: int
     supervised_tokens: int
 
@@ -89,6 +90,7 @@ class Measured(BaseModel):
     """Real steps of training on this machine."""
 
     seconds_per_step: float
+    seconds: float  # of all the recipe's steps, without tower features and grounding
     tokens_per_second: float  # without padding
     peak_memory: int  # bytes, of the whole process
 
@@ -127,7 +129,8 @@ def check_recipe(
         checked.append((report, _check_source(source, recipe, tokenizer, images, report)))
     reports = [report for report, _ in checked]
     found = Report(sources=reports, problems=[report.problem for report in reports if report.problem])
-    weighted = [(groups, source.weight) for (_, groups), source in zip(checked, recipe.data, strict=False)]
+    trained = zip(checked, recipe.data, strict=False)  # without the held-out rows, which come last
+    weighted = [(groups, source.weight) for (_, groups), source in trained]
     passes = deal(weighted, recipe.row_length, recipe.rows_per_pass, random.Random(f"{recipe.seed}/0"))
     if passes:
         found.epoch = _epoch(passes, recipe)
@@ -227,12 +230,14 @@ def _epoch(passes: list[Pass], recipe: Recipe) -> EpochReport:
     groups = [group for rows in passes for row in rows for group in row]
     tokens = sum(map(len, groups))
     positions = sum(len(rows) * pass_length(rows, recipe.row_length) for rows in passes)
+    steps = max(len(passes) // recipe.passes_per_step, 1)
     return EpochReport(
         groups=len(groups),
         packed_rows=sum(map(len, passes)),
         padding=1 - tokens / positions,
         passes=len(passes),
-        steps=max(len(passes) // recipe.passes_per_step, 1),
+        steps=steps,
+        epochs=recipe.steps / steps,
         tokens=tokens,
         supervised_tokens=sum(group.supervised() for group in groups),
     )

@@ -46,8 +46,13 @@ def print_report(report: Report, recipe: Recipe, console: Console) -> None:
         measured, steps = report.measured, _steps(report.epoch, recipe)
         console.print(
             f"measured here: {measured.seconds_per_step:.2f} s a step, {measured.tokens_per_second:,.0f} tokens a"
+<<<<<<< ours
             f" second, {_bytes(measured.peak_memory)} at most; {steps:,} steps take"
             f" {measured.seconds_per_step * steps / 3600:.1f} h, without tower features and grounding"
+=======
+            f" second, {_bytes(measured.peak_memory)} at most; {recipe.steps} steps take"
+            f" {measured.seconds / 3600:.1f} h, without tower features and grounding"
+>>>>>>> theirs
         )
     for problem in report.problems:
         console.print(f"[bold red]training would stop:[/] {escape(problem)}", highlight=False)
@@ -75,7 +80,11 @@ def _epoch(epoch: EpochReport, recipe: Recipe) -> str:
     return (
         f"an epoch: {epoch.groups:,} groups in {epoch.packed_rows:,} rows of at most {recipe.row_length} tokens"
         f" ({epoch.padding:.1%} padding), {epoch.supervised_tokens:,} of {epoch.tokens:,} tokens learned,"
+<<<<<<< ours
         f" {epoch.steps:,} steps; the recipe's {steps:,} steps are {steps / epoch.steps:.2f} epochs"
+=======
+        f" {epoch.steps:,} steps; the recipe's {recipe.steps:,} steps are {epoch.epochs:.2f} epochs"
+>>>>>>> theirs
     )
 
 

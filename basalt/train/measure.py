@@ -44,6 +44,7 @@ def measure_steps(recipe: Recipe, passes: list[Pass]) -> Measured:
     tokens = sum(int((batch.groups >= 0).sum()) for batch in batches)
     return Measured(
         seconds_per_step=seconds,
+        seconds=seconds * recipe.steps,
         tokens_per_second=tokens / seconds,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )

