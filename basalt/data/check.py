@@ -73,7 +73,8 @@ class EpochReport(BaseModel):
     padding: float  # share of all positions that are run through the model
     passes: int
     steps: int
-    epochs: float  # that the recipe's steps make
+    total_steps: int  # of the recipe
+    epochs: float  # that they make
     tokens: int
     supervised_tokens: int
 
@@ -237,7 +238,8 @@ def _epoch(passes: list[Pass], recipe: Recipe) -> EpochReport:
         padding=1 - tokens / positions,
         passes=len(passes),
         steps=steps,
-        epochs=recipe.steps / steps,
+        total_steps=recipe.total_steps(steps),
+        epochs=recipe.total_steps(steps) / steps,
         tokens=tokens,
         supervised_tokens=sum(group.supervised() for group in groups),
     )

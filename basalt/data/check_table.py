@@ -43,16 +43,11 @@ def print_report(report: Report, recipe: Recipe, console: Console) -> None:
             f" projector and LoRA in training; on disk {_bytes(memory.features_on_disk)} of tower features"
         )
     if report.measured is not None:
-        measured, steps = report.measured, _steps(report.epoch, recipe)
+        measured = report.measured
         console.print(
             f"measured here: {measured.seconds_per_step:.2f} s a step, {measured.tokens_per_second:,.0f} tokens a"
-<<<<<<< ours
-            f" second, {_bytes(measured.peak_memory)} at most; {steps:,} steps take"
-            f" {measured.seconds_per_step * steps / 3600:.1f} h, without tower features and grounding"
-=======
-            f" second, {_bytes(measured.peak_memory)} at most; {recipe.steps} steps take"
+            f" second, {_bytes(measured.peak_memory)} at most; its steps take"
             f" {measured.seconds / 3600:.1f} h, without tower features and grounding"
->>>>>>> theirs
         )
     for problem in report.problems:
         console.print(f"[bold red]training would stop:[/] {escape(problem)}", highlight=False)
@@ -76,20 +71,11 @@ def _name(source: SourceReport) -> str:
 
 
 def _epoch(epoch: EpochReport, recipe: Recipe) -> str:
-    steps = _steps(epoch, recipe)
     return (
         f"an epoch: {epoch.groups:,} groups in {epoch.packed_rows:,} rows of at most {recipe.row_length} tokens"
         f" ({epoch.padding:.1%} padding), {epoch.supervised_tokens:,} of {epoch.tokens:,} tokens learned,"
-<<<<<<< ours
-        f" {epoch.steps:,} steps; the recipe's {steps:,} steps are {steps / epoch.steps:.2f} epochs"
-=======
-        f" {epoch.steps:,} steps; the recipe's {recipe.steps:,} steps are {epoch.epochs:.2f} epochs"
->>>>>>> theirs
+        f" {epoch.steps:,} steps; the recipe's {epoch.total_steps:,} steps are {epoch.epochs:.2f} epochs"
     )
-
-
-def _steps(epoch: EpochReport | None, recipe: Recipe) -> int:
-    return recipe.steps or max(round((recipe.epochs or 1) * (epoch.steps if epoch else 0)), 1)
 
 
 def _bytes(count: int) -> str:

@@ -105,7 +105,7 @@ class Run:
             sources = [prepare(source, recipe, self.tokenizer) for source in recipe.data]
             self.held_out = self._held_out()
         self.dealer = Dealer(sources, recipe, pad_id=0)
-        self.steps = recipe.steps or max(round((recipe.epochs or 1) * self.dealer.steps_per_epoch()), 1)
+        self.steps = recipe.total_steps(self.dealer.steps_per_epoch())
         self.standardizer = Standardizer(recipe.tower.width)
         self.projector = Projector(recipe.tower.width, recipe.projector_hidden, self.lm.config.hidden_size)
         if recipe.start is None:

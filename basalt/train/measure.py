@@ -40,11 +40,12 @@ def measure_steps(recipe: Recipe, passes: list[Pass]) -> Measured:
         for batch, shown in zip(batches, features, strict=True):
             (model.packed_loss(batch, shown if batch.images else None) / supervised).backward()
         optimizer.step(1.0, recipe.clip)
+    total = recipe.total_steps(max(len(passes) // recipe.passes_per_step, 1))
     seconds = (time.monotonic() - began) / TIMED
     tokens = sum(int((batch.groups >= 0).sum()) for batch in batches)
     return Measured(
         seconds_per_step=seconds,
-        seconds=seconds * recipe.steps,
+        seconds=seconds * total,
         tokens_per_second=tokens / seconds,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )

@@ -84,6 +84,10 @@ class Recipe(_Part):
     seed: int = 0
     features: ExpandedPath = Path("var/features")  # cache of tower features
 
+    def total_steps(self, per_epoch: int) -> int:
+        """How many steps a run takes, by how many an epoch of its data makes."""
+        return self.steps or max(round((self.epochs or 1) * per_epoch), 1)
+
     @model_validator(mode="after")
     def _one_length(self) -> "Recipe":
         if (self.steps is None) == (self.epochs is None):
