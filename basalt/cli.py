@@ -125,6 +125,21 @@ def publish_run(
     _plainly(lambda: typer.echo(publish(run, name, out, told).version))
 
 
+@models.command("pull")
+def pull_version(
+    version: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="as a finished job names what it made")],
+    out: Annotated[Path, typer.Option("--models", help="the assistants' directory")] = Path("models"),
+) -> None:
+    """Brings a published version from the registry; it is served with the next start."""
+    import asyncio
+
+    from basalt.object_store import StoreSettings
+    from basalt.registry import pull
+
+    name, _, digest = version.partition("@")
+    _plainly(lambda: typer.echo(asyncio.run(pull(StoreSettings().open_store(), name, digest, out)).directory))
+
+
 @models.command("list")
 def list_assistants(root: Annotated[Path, typer.Option("--models")] = Path("models")) -> None:
     """The assistants and their versions."""

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from basalt.assistants import load_assistant
 from basalt.object_store import ObjectStore
 from basalt.train.plan import PLAN, Plan
 
@@ -71,9 +70,3 @@ async def keep(store: ObjectStore, data: bytes) -> str:
     digest = hashlib.sha256(data).hexdigest()
     await store.put(f"files/sha256/{digest}", data)
     return f"sha256:{digest}"
-
-
-def publish(assistant: Path, store: ObjectStore) -> str:
-    """Publishes to the registry; returns NAME@VERSION."""
-    published = load_assistant(assistant)
-    return f"{published.name}@{published.version.removeprefix('sha256:')[:12]}"

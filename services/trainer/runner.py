@@ -26,6 +26,7 @@ from basalt.record import jobs
 from basalt.record.database import Sessions
 from basalt.record.files import File, get_file
 from basalt.record.jobs import Checkpoint, Job, LeaseLost
+from basalt.registry import publish
 from basalt.supervisor import end_with_parent
 from basalt.train.job import DONE, NO_ROOM, REFUSED, STOPPED
 from basalt.train.plan import PLAN, PUBLISHED, REFUSAL, Plan, Refusal
@@ -304,7 +305,7 @@ class Attempt:
     # After
 
     def _publish(self, prepared: Plan) -> tuple[jobs.Status, dict[str, Any], str]:
-        model = results.publish(self.directory / PUBLISHED / prepared.name, self.store)
+        model = asyncio.run(publish(self.store, self.directory / PUBLISHED / prepared.name))
         tokens = results.trained_tokens(self.directory, prepared)
         result = {"model": model, "files": self._result_files(), "trained_tokens": tokens}
         return "succeeded", {"result": result}, f"Published {model}"

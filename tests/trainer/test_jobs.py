@@ -10,7 +10,9 @@ import openai
 import pytest
 from typer.testing import CliRunner
 
+from basalt.assistants import load_assistant
 from basalt.cli import app
+from basalt.model.assistant import LocalAssistant
 from tests.trainer.conftest import Trainer, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -41,7 +43,9 @@ def until(trainer: Trainer, job_id: str, *statuses: str, seconds: float = 200) -
     return job
 
 
-def test_a_job_trains_both_stages_and_publishes(trainer: Trainer, rows: bytes, images: bytes) -> None:
+def test_a_job_trains_both_stages_and_publishes(
+    trainer: Trainer, rows: bytes, images: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = trainer.client()
     job_id = submit(trainer, rows, images, steps=20)
     with httpx.stream("GET", f"{trainer.url}/v1/fine_tuning/jobs/{job_id}/events?stream=true", timeout=200) as live:
@@ -49,6 +53,11 @@ def test_a_job_trains_both_stages_and_publishes(trainer: Trainer, rows: bytes, i
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "succeeded", trainer.log()
     assert job.fine_tuned_model is not None and job.fine_tuned_model.startswith("shapes@")
+    monkeypatch.setenv("BASALT_STORE", trainer.environment["BASALT_STORE"])
+    pulled = CliRunner().invoke(app, ["models", "pull", job.fine_tuned_model, "--models", str(tmp_path)])
+    assert pulled.exit_code == 0, pulled.output
+    local = LocalAssistant(load_assistant(tmp_path / "shapes"), trainer.directory / "tiny-lm")
+    assert local.answer([([{"role": "user", "content": "Hello!"}], [])], max_new_tokens=2)
     assert job.trained_tokens and job.finished_at
     measured = [event["data"] for event in told if event["type"] == "metrics"]
     assert [(each["phase"], each["step"]) for each in measured][-1] == ("stage2", 20)
