@@ -82,8 +82,9 @@ def services() -> list[Service]:
 
 
 def service_environment() -> dict[str, str]:
-    """The launcher's own environment, and where each service finds the others."""
-    return os.environ | {
+    """Where each service finds the others and keeps its files, and the launcher's own environment."""
+    kept = {"BASALT_DATABASE": f"sqlite:///{VAR / 'basalt.db'}", "BASALT_TRAINER_WORK": str(VAR / "jobs")}
+    return {**kept, **os.environ} | {
         "BASALT_REDIS_URL": redis_url(),
         "BASALT_VISION_ADDRESS": f"{HOST}:{port('vision')}",
         "BASALT_LLM_URL": f"http://{HOST}:{port('llm')}",
