@@ -87,7 +87,6 @@ class Run:
     """One training run in its directory: the recipe's model and data, and what has been learned so far."""
 
     def __init__(self, recipe: Recipe, directory: Path) -> None:
-        torch.manual_seed(recipe.seed)
         directory.mkdir(parents=True, exist_ok=True)
         with parallel.leader_first():
             keep_recipe(recipe, directory / "recipe.json")
@@ -107,6 +106,8 @@ class Run:
         self.dealer = Dealer(sources, recipe, pad_id=0)
         self.steps = recipe.total_steps(self.dealer.steps_per_epoch())
         self.standardizer = Standardizer(recipe.tower.width)
+        torch.ones(1).sqrt()  # MKL's vector functions, first called by two threads at once, may round otherwise
+        torch.manual_seed(recipe.seed)  # here, as computing features on the way draws numbers too
         self.projector = Projector(recipe.tower.width, recipe.projector_hidden, self.lm.config.hidden_size)
         if recipe.start is None:
             self._start_afresh()
