@@ -24,7 +24,7 @@ from basalt.data.preprocess import IGNORE
 from basalt.data.scenes import Box
 from basalt.train import parallel
 from basalt.train.data import Source
-from basalt.train.features import FeatureCache
+from basalt.train.features import FeatureCache, LiveFeatures
 from basalt.train.loop import Run
 from basalt.train.optimizer import MasterAdamW
 from basalt.train.phase import Phase
@@ -45,7 +45,7 @@ Content = list[tuple[int, int, float]]  # (visual token, vocabulary id, share); 
 
 @dataclass(frozen=True)
 class Photo:
-    features: FeatureCache
+    features: FeatureCache | LiveFeatures
     name: str
     words: list[tuple[int, float]]  # vocabulary id → share
 

@@ -115,12 +115,16 @@ class Run:
             state = learned(recipe.start)
             self.projector.load_state_dict(state["projector"])
             self.standardizer.load_state_dict(state["standardizer"])
-        self.projector.to(self.device, torch.bfloat16)
+        self.projector.to(self.device, getattr(torch, recipe.dtype))
         self.standardizer.to(self.device)
 
     def _start_afresh(self) -> None:
         caches = [source.features for source in self.dealer.sources if source.features is not None]
-        sample = [cache[name] for cache in caches for name in list(cache.rows)[:: max(len(cache.rows) // 512, 1)]]
+        sample = [
+            feature.cpu()
+            for cache in caches
+            for feature in cache.of(list(cache.rows)[:: max(len(cache.rows) // 512, 1)]).values()
+        ]
         self.standardizer.measure(torch.stack(sample))
         self.projector.scale_output(float(self.lm.get_input_embeddings().weight.float().std()))
 
@@ -220,12 +224,12 @@ def nf4() -> BitsAndBytesConfig:
 
 
 def load_base_lm(recipe: Recipe, device: torch.device) -> Any:
-    """The frozen base LM, bf16, or quantised as the recipe says."""
+    """The frozen base LM, in the recipe's precision or quantised."""
     # Measured on two CPU cores with rows of 320 tokens: the plain product beats the fused CPU kernel's backward.
     attention = "sdpa" if device.type == "cuda" else "eager"
     quantized = None if recipe.quantize is None else nf4()
     lm: Any = AutoModelForCausalLM.from_pretrained(
-        recipe.base_lm, dtype=torch.bfloat16, attn_implementation=attention, quantization_config=quantized
+        recipe.base_lm, dtype=getattr(torch, recipe.dtype), attn_implementation=attention, quantization_config=quantized
     ).requires_grad_(False)
     if quantized is None:  # what is quantised was put there as it was loaded
         lm.to(device)
