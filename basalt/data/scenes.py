@@ -97,8 +97,8 @@ def make_scenes(
     with ProcessPoolExecutor(workers) as pool:
         drawn = list(pool.map(draw, range(count), chunksize=50))
     rows = [row for scene_rows, _ in drawn for row in scene_rows]
-    (out / "boxes.json").write_text(json.dumps({rows_[0]["image"]: boxes for rows_, boxes in drawn}))
-    for kind in {row["kind"] for row in rows}:
+    (out / "boxes.json").write_text(json.dumps({scene_rows[0]["image"]: boxes for scene_rows, boxes in drawn}))
+    for kind in sorted({str(row["kind"]) for row in rows}):
         (out / f"{kind}.json").write_text(json.dumps([row for row in rows if row["kind"] == kind]))
     target = out / "scenes.json"
     target.write_text(json.dumps(rows))
