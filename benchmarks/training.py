@@ -2,10 +2,11 @@
 
     python benchmarks/training.py [--quick]
 
-A SigLIP-like tower of 6 layers × 192 at 384 px (729 tokens) and a Llama of 4 layers × 256. Each trainer runs in a
-process of its own, in turn, on one thread; counted are tokens that are not padding, per second of CPU, after two
-steps of warming up. The losses of the first step must agree to 1e-4. Packing is measured on our own trainer: a set of
-conversations of mixed lengths, packed, and one to a row. The last line is one line of JSON, figure names to numbers.
+A SigLIP-like tower of 6 layers × 192 at 384 px (729 tokens) and a Llama of 4 layers × 256. The trainers run in
+processes of their own, on one thread each, and take their steps by turns, so that what else the machine does hits all
+alike. Counted are tokens that are not padding, per second of CPU, after two steps of warming up; told is the median
+over the steps. The losses of the first step must agree to 1e-4. Packing is measured on our own trainer: conversations
+of mixed lengths, half of them with a picture, packed, and one to a row. The last line is one line of JSON.
 
 TRL comes from PyPI: pip install trl==1.16.0 datasets
 """
@@ -13,6 +14,7 @@ TRL comes from PyPI: pip install trl==1.16.0 datasets
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -101,17 +104,21 @@ def make_model(directory: Path) -> None:
     checkpoints.save(directory / "start", 1, {"projector": projector, "standardizer": unchanged})
 
 
-def make_rows(directory: Path, count: int, words: Callable[[random.Random], int]) -> None:
-    """LLaVA JSON about pictures of noise, with answers of so many words."""
+def make_rows(directory: Path, count: int, words: Callable[[random.Random], int], *, pictures: float = 1.0) -> None:
+    """LLaVA JSON with answers of so many words; so great a share is about pictures, of noise."""
     rng, pixels = random.Random(0), np.random.default_rng(0)
     (directory / "images").mkdir(parents=True)
     rows = []
     for number in range(count):
-        name = f"{number:04d}.jpg"
-        Image.fromarray(pixels.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)).save(directory / "images" / name)
         answer = " ".join("".join(rng.choices("abcdefgh", k=rng.randint(2, 7))) for _ in range(words(rng)))
-        turns = [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": answer}]
-        rows.append({"id": str(number), "image": name, "conversations": turns})
+        row: dict[str, Any] = {"id": str(number)}
+        question = "Write something."
+        if rng.random() < pictures:
+            row["image"], question = f"{number:04d}.jpg", "<image>\nDescribe the image."
+            noise = Image.fromarray(pixels.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8))
+            noise.save(directory / "images" / row["image"])
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        rows.append(row | {"conversations": turns})
     (directory / "rows.json").write_text(json.dumps(rows))
 
 
@@ -139,39 +146,40 @@ def recipe_of(directory: Path, *, lora: bool, keep: bool, steps: int, row_length
     )
 
 
-class Clock:
-    """Notes the CPU time after each step, and ends a run after so many."""
+class Turns:
+    """Tells the CPU time a step took, then waits for the next turn; ends a run after so many steps."""
 
     def __init__(self, steps: int) -> None:
-        self.marks: list[float] = []
-        self._steps = steps
+        self._left = steps
+        self._began = time.process_time()
 
     def __call__(self) -> bool:
-        self.marks.append(time.process_time())
-        return len(self.marks) == self._steps
+        print(json.dumps({"step": time.process_time() - self._began}), flush=True)
+        sys.stdin.readline()
+        self._began = time.process_time()
+        self._left -= 1
+        return not self._left
 
 
 def ours(directory: Path, *, lora: bool, keep: bool, steps: int) -> dict[str, Any]:
-    """Trains with Basalt, and also leaves the order of its samples for TRL."""
     recipe = recipe_of(directory, lora=lora, keep=keep, steps=LONG)
     out = Path(tempfile.mkdtemp(dir=directory))
-    clock = Clock(steps)
-    began = time.process_time()
-    run = Run(recipe, out)
-    prepared = time.process_time() - began
-    dealt = [run.dealer.step(step).batches[0].packed for step in range(steps)] if keep else []
-    if dealt:
-        (directory / "order.json").write_text(json.dumps([name for packed in dealt for name in packed.images]))
     with suppress(Stopped):
         if lora:
-            train_stage2(recipe, out, clock)
+            train_stage2(recipe, out, Turns(steps))
         else:
+            run = Run(recipe, out)
             model = MultimodalLlama(None, run.projector, run.lm, recipe.image_token_id)
             optimizer = MasterAdamW([(trainable(run.projector), RATE)], 0.0)
-            run.train("stage 1", model, optimizer, clock)
-    tokens = [int((packed.groups >= 0).sum()) for packed in dealt]
-    first = first_loss(directory, lora=lora)
-    return {"marks": clock.marks, "tokens": tokens, "first_loss": first, "prepared": prepared}
+            run.train("stage 1", model, optimizer, Turns(steps))
+    return {"first_loss": first_loss(directory, lora=lora)}
+
+
+def order(directory: Path, steps: int) -> tuple[list[str], list[int]]:
+    """The images in the order in which our trainer takes them, and the tokens of each step."""
+    run = Run(recipe_of(directory, lora=False, keep=True, steps=LONG), Path(tempfile.mkdtemp(dir=directory)))
+    packed = [run.dealer.step(step).batches[0].packed for step in range(steps)]
+    return [name for each in packed for name in each.images], [int((each.groups >= 0).sum()) for each in packed]
 
 
 def first_loss(directory: Path, *, lora: bool) -> float:
@@ -187,7 +195,6 @@ def first_loss(directory: Path, *, lora: bool) -> float:
 def trl(directory: Path, *, lora: bool, steps: int) -> dict[str, Any]:
     """Trains with TRL's SFTTrainer, on the samples in the order in which ours took them."""
     import datasets
-    from peft import LoraConfig, get_peft_model
     from transformers import SiglipImageProcessorPil, TrainerCallback
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
@@ -221,13 +228,12 @@ def trl(directory: Path, *, lora: bool, steps: int) -> dict[str, Any]:
         if "multi_modal_projector" in name:
             parameter.requires_grad_(True)
 
-    clock = Clock(steps)
+    turns = Turns(steps)
     losses: list[float] = []
-    tokens: list[int] = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock()
+            turns()
 
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             if "loss" in logs:
@@ -254,16 +260,8 @@ def trl(directory: Path, *, lora: bool, steps: int) -> dict[str, Any]:
     trainer = SFTTrainer(
         model=model, args=settings, train_dataset=data, processing_class=processor, callbacks=[Watch()]
     )
-    collate = trainer.data_collator
-
-    def counted(examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = collate(examples)
-        tokens.append(int(batch["attention_mask"].sum()))
-        return batch
-
-    trainer.data_collator = counted
     trainer.train()
-    return {"marks": clock.marks, "tokens": tokens, "first_loss": losses[0]}
+    return {"first_loss": losses[0]}
 
 
 def packing(directory: Path, *, packed: bool, steps: int) -> dict[str, Any]:
@@ -271,27 +269,29 @@ def packing(directory: Path, *, packed: bool, steps: int) -> dict[str, Any]:
     recipe = recipe_of(directory, lora=True, keep=True, steps=steps, row_length=2048)
     run = Run(recipe, Path(tempfile.mkdtemp(dir=directory)))
     (source,) = run.dealer.sources
-    passes: list[tuple[Packed, torch.Tensor]] = []
+    passes: list[tuple[Packed, torch.Tensor | None]] = []
     if packed:
         for step in range(steps):
             (batch,) = run.dealer.step(step).batches
-            assert batch.features is not None
             passes.append((batch.packed, batch.features))
     else:
         groups = list(source.groups)
         random.Random(0).shuffle(groups)
         for at in range(0, steps * BATCH, BATCH):
             chosen = [groups[number % len(groups)] for number in range(at, at + BATCH)]
-            features = torch.stack([feature for group in chosen for feature in run.dealer.features(group)])
-            passes.append((pack([[group] for group in chosen], max(map(len, chosen)), 0), features))
-    model = MultimodalLlama(None, run.projector, run.lm, recipe.image_token_id)
-    optimizer = MasterAdamW([(trainable(run.projector), RATE)], 0.0)
-    clock = Clock(steps)
+            shown = [feature for group in chosen for feature in run.dealer.features(group)]
+            rows = pack([[group] for group in chosen], max(map(len, chosen)), 0)
+            passes.append((rows, torch.stack(shown) if shown else None))
+    lm = get_peft_model(run.lm, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS))
+    model = MultimodalLlama(None, run.projector, lm, recipe.image_token_id)
+    optimizer = MasterAdamW([(trainable(run.projector), RATE), (trainable(lm), RATE)], 0.0)
+    turns = Turns(steps)
     for rows, features in passes:
-        (model.packed_loss(rows, run.standardizer(features)) / len(rows.target)).backward()
+        seen = None if features is None else run.standardizer(features)
+        (model.packed_loss(rows, seen) / len(rows.target)).backward()
         optimizer.step(1.0, 1.0)
-        clock()
-    return {"marks": clock.marks, "tokens": [int((rows.groups >= 0).sum()) for rows, _ in passes], "first_loss": 0.0}
+        turns()
+    return {"tokens": [int((rows.groups >= 0).sum()) for rows, _ in passes]}
 
 
 RUNS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -306,51 +306,100 @@ RUNS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def measure(name: str, directory: Path, steps: int) -> dict[str, Any]:
-    """One run in a process of its own, on one thread."""
-    command = [sys.executable, __file__, "--run", name, "--directory", str(directory), "--steps", str(steps)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+class Trainer:
+    """A run in a process of its own, which waits after each step."""
+
+    def __init__(self, name: str, directory: Path, steps: int) -> None:
+        self.name = name
+        command = [sys.executable, __file__, "--run", name, "--directory", str(directory), "--steps", str(steps)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._log = (directory / f"{name}.log").open("w+")
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
+        )
+
+    def told(self, what: str) -> Any:
+        """The next value of this name that the run tells."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(f'{{"{what}":'):
+                return json.loads(line)[what]
+        self._log.seek(0)
+        raise SystemExit(f"{self.name} failed:\n{self._log.read()[-3000:]}")
+
+    def go_on(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+
+
+def by_turns(names: list[str], directory: Path, steps: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Runs trainers step by step; the CPU seconds of each step, and what each told in the end."""
+    trainers: list[Trainer] = []
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:  # one after the other up to the first step's end
+        trainers.append(Trainer(name, directory, steps))
+        seconds[name].append(trainers[-1].told("step"))
+    for _ in range(1, steps):
+        for trainer in trainers:
+            trainer.go_on()
+            seconds[trainer.name].append(trainer.told("step"))
+    told = {}
+    for trainer in trainers:
+        trainer.go_on()
+        told[trainer.name] = trainer.told("told")
+    return seconds, told
+
+
+def stage(number: int, directory: Path, steps: int, tokens: list[int]) -> dict[str, float]:
+    peer, *own = names = [f"stage{number}_{way}" for way in ("trl", "cached", "live")]
+    seconds, told = by_turns(names, directory, steps)
+    figures: dict[str, float] = {}
+    for name in names:
+        speeds = [count / spent for count, spent in zip(tokens, seconds[name], strict=True)][WARM:]
+        figures[f"{name}_tokens_per_cpu_second"] = round(statistics.median(speeds))
+        print(f"{name}: {statistics.median(speeds):.0f} tokens a CPU second, first loss {told[name]['first_loss']:.5f}")
+    for name in own:
+        ratios = [theirs / mine for theirs, mine in zip(seconds[peer], seconds[name], strict=True)][WARM:]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        figures[f"{name}_to_trl"] = round(middle, 2)
+        print(f"{name}: {middle:.2f} x TRL [quartiles {low:.2f}, {high:.2f}], wanted {GOALS[name]}")
+        apart = abs(told[name]["first_loss"] - told[peer]["first_loss"])
+        if apart > 1e-4:
+            raise SystemExit(f"the first losses of {name} and {peer} are {apart:.6f} apart: they do not train the same")
+    return figures
+
+
+def packed_to_padded(directory: Path, steps: int) -> dict[str, float]:
+    names = ["packing_packed", "packing_padded"]
+    seconds, told = by_turns(names, directory, steps)
+    speeds = {name: sum(told[name]["tokens"][WARM:]) / sum(seconds[name][WARM:]) for name in names}
+    ratio = speeds["packing_packed"] / speeds["packing_padded"]
+    print(f"packing: {ratio:.2f} x padding, wanted {GOALS['packing']}")
+    return {"packed_to_padded": round(ratio, 2)}
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="one round of few steps")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="a few steps")] = False,
     run: Annotated[str | None, typer.Option(hidden=True)] = None,
     directory: Annotated[Path | None, typer.Option(hidden=True)] = None,
     steps: Annotated[int, typer.Option(help="timed, after the warming up")] = 30,
 ) -> None:
     if run is not None and directory is not None:
         torch.set_num_threads(1)
-        print(json.dumps(RUNS[run](directory, steps=steps)))
+        print(json.dumps({"told": RUNS[run](directory, steps=steps)}))
         return
-    rounds, total = (1, WARM + 8) if quick else (3, WARM + steps)
+    steps = WARM + (6 if quick else steps)
     with tempfile.TemporaryDirectory() as made:
         plain, mixed = Path(made) / "plain", Path(made) / "mixed"
-        for place, words in (
-            (plain, lambda rng: rng.randint(8, 24)),
-            (mixed, lambda rng: int(rng.paretovariate(0.8) * 4)),
-        ):
-            make_rows(place, BATCH * total + BATCH, lambda rng, words=words: min(words(rng), 180))
-            make_model(place)
-        speeds: dict[str, list[float]] = {name: [] for name in RUNS}
-        losses: dict[str, float] = {}
-        tokens: dict[str, list[int]] = {}
-        for _ in range(rounds):
-            for name in RUNS:
-                result = measure(name, mixed if name.startswith("packing") else plain, total)
-                stage = name.split("_")[0]
-                tokens[stage] = result["tokens"] or tokens[stage]  # the same in all runs of a stage
-                marks = result["marks"]
-                speeds[name].append(sum(tokens[stage][WARM:]) / (marks[-1] - marks[WARM - 1]))
-                losses[name] = result["first_loss"]
-                print(
-                    f"{name}: {speeds[name][-1]:.0f} tokens per CPU second, first loss {result['first_loss']:.5f}",
-                    flush=True,
-                )
-    print(losses)
+        make_rows(plain, BATCH * steps + BATCH, lambda rng: rng.randint(8, 24))
+        make_rows(mixed, 4 * BATCH * steps, lambda rng: min(int(rng.paretovariate(0.8) * 4), 180), pictures=0.5)
+        make_model(plain)
+        make_model(mixed)
+        names, tokens = order(plain, steps)
+        (plain / "order.json").write_text(json.dumps(names))
+        figures = stage(1, plain, steps, tokens) | stage(2, plain, steps, tokens) | packed_to_padded(mixed, steps)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

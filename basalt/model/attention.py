@@ -19,7 +19,7 @@ SEGMENTS = "basalt_segments"
 FLASH = (torch.bfloat16, torch.float16)  # what the kernel for sequences of varying lengths takes
 
 
-@torch.compiler.disable  # the segments of every batch are others: compiled, each would be a graph of its own
+@torch.compiler.disable()  # the segments of every batch are others: compiled, each would be a graph of its own
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -44,7 +44,7 @@ def attend(
     return attended.view(rows, length, heads, width), None
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def attend_where_learned(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float) -> Tensor:
     """Attention of the learned positions alone: `query` `[learned, heads, D]`, `key` and `value`
     `[R·T, kv_heads, D]` to `[learned, heads, D]`."""

@@ -161,7 +161,8 @@ class Run:
             total: Tensor | float = 0.0
             for batch in batches:
                 loss = self._loss(model, batch)
-                (loss / dealt.supervised).backward()
+                if loss.requires_grad:  # stage 1 learns nothing from rows without images
+                    (loss / dealt.supervised).backward()
                 total = total + loss.detach()
             factor = rate_factor(step, self.steps, warmup=recipe.warmup, decay=recipe.decay)
             norm = optimizer.step(factor, recipe.clip)
