@@ -9,7 +9,8 @@ from basalt.eval.benchmark import EMPTY, Reading, Rule, no_answer
 LETTERS = string.ascii_uppercase
 
 LETTER = Rule("letter", "read", "the answer is one letter, whatever brackets or marks stand round it")
-STATED = Rule("letter stated", "read", "one letter leads the answer ('B. blue', '(B) blue') or is called the answer")
+STATED = Rule("letter stated", "read", "one letter is called the answer, the option or the choice")
+LEADING = Rule("letter in front", "read", "one letter leads the answer ('B. blue', '(B) blue') and no other is marked")
 BRACKETED = Rule("letter in brackets", "read", "one letter stands in brackets in the answer")
 OPTION = Rule("option's text", "read", "the answer is the text of one option and nothing else")
 AMBIGUOUS = Rule("ambiguous", "failure", "the answer names several options")
@@ -18,7 +19,7 @@ UNREADABLE = Rule("unreadable", "failure", "the answer names no option")
 
 _MARKUP = re.compile(r"[*_`]+")
 _LETTER = re.compile(r"(?:option|choice)?\s*[(\[{]?([a-z])[)\]}]?[.,:;!?]*", re.IGNORECASE)
-_LEADING = re.compile(r"[(\[]([A-Z])[)\]]|([A-Z])[.):](?=\s|$)")
+_LEADING = re.compile(r"^(?:[(\[]([A-Z])[)\]]|([A-Z])[.):](?=\s|$))", re.MULTILINE)
 # "The answer is A dog" and "I" the pronoun are words: those two letters need something after them that ends a phrase.
 _STATED = re.compile(
     r"\b(?:(?i:answer|option|choice)(?:\s+is)?\s*:?\s+|(?i:answer\s+is|answer:)\s*)(?:(?i:option|choice)\s+)?"
@@ -38,13 +39,11 @@ def read_letter(response: str, options: Sequence[str]) -> Reading:
         return Reading("", EMPTY)
     if alone := _LETTER.fullmatch(text):
         return _one({alone[1].upper()}, options, LETTER)
-    stated = {found[1] or found[2] for found in _STATED.finditer(text)}
-    if leading := _LEADING.match(text):
-        stated.add(leading[1] or leading[2])
-    if stated:
+    if stated := {found[1] or found[2] for found in _STATED.finditer(text)}:
         return _one(stated, options, STATED)
-    if bracketed := set(_BRACKETED.findall(text)):
-        return _one(bracketed, options, BRACKETED)
+    leading = {found[1] or found[2] for found in _LEADING.finditer(text)}
+    if named := leading | set(_BRACKETED.findall(text)):
+        return _one(named, options, LEADING if leading else BRACKETED)
     if same := {letter for letter, option in zip(LETTERS, options, strict=False) if _plain(option) == _plain(text)}:
         return _one(same, options, OPTION)
     return Reading("", no_answer(text) or UNREADABLE)
