@@ -11,9 +11,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 train = typer.Typer(no_args_is_help=True, help="Train an assistant from a recipe.")
 data = typer.Typer(no_args_is_help=True, help="Make and check training data.")
 models = typer.Typer(no_args_is_help=True, help="The assistants on this machine and their parts.")
+evaluate = typer.Typer(no_args_is_help=True, help="Score answers to benchmarks.")
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 app.add_typer(models, name="models")
+app.add_typer(evaluate, name="eval")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="CONFIG", help="the recipe, a YAML file")]
 RunDirectory = Annotated[Path, typer.Option("--out", help="the run's directory; an interrupted run goes on from there")]
@@ -97,6 +99,29 @@ def list_assistants(root: Annotated[Path, typer.Option("--models")] = Path("mode
     from basalt.assistants import load_assistants
 
     _plainly(lambda: [typer.echo(f"{name}\t{found.version}") for name, found in load_assistants(root).items()])
+
+
+@evaluate.command("score")
+def score(
+    benchmark: Annotated[str, typer.Argument(help="mmmu, mm-vet, scienceqa, textvqa, pope, or vqa for your own")],
+    data: Annotated[Path, typer.Option(help="the benchmark's published file or folder")],
+    predictions: Annotated[Path, typer.Option(help="the answers: JSONL of id and prediction; for mm-vet the grades")],
+    intersection: Annotated[bool, typer.Option("--intersection", help="score the answered samples alone")] = False,
+    max_gap: Annotated[float, typer.Option(min=0, max=1, help="the share that may be missing")] = 0.01,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Scores stored answers, by the benchmark's own rules and strictly; asks no model."""
+    from basalt.eval.scoring import rescore
+    from basalt.eval.tables import print_scores
+
+    def work() -> None:
+        scores = rescore(benchmark, data, predictions, max_gap=max_gap, intersection=intersection)
+        if as_json:
+            typer.echo(json.dumps(scores.as_json(), ensure_ascii=False))
+        else:
+            print_scores(scores)
+
+    _plainly(work)
 
 
 def _plainly(work: Callable[[], object]) -> None:

@@ -1,0 +1,59 @@
+"""Scores as tables for a terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from basalt.eval.scoring import Figures, Scores
+
+
+def print_scores(scores: Scores) -> None:
+    """Prints scores overall and by group, which rules decided, and where the ways of scoring differ."""
+    console = Console()
+    for table in (_figures(scores), _rules(scores), _differences(scores)):
+        if table.row_count:
+            console.print(table)
+    for ids, what in (
+        (scores.gaps.missing, "samples without an answer"),
+        (scores.gaps.unknown, "answers to no sample"),
+    ):
+        if ids:
+            console.print(f"{len(ids)} {what}: {', '.join(ids[:10])}{', …' if len(ids) > 10 else ''}", markup=False)
+
+
+def _figures(scores: Scores) -> Table:
+    ways = list(scores.overall)
+    metrics = list(dict.fromkeys(metric for figures in scores.overall.values() for metric in figures))
+    table = Table(title=f"{scores.benchmark}, {len(scores.scored):,} samples, in percent", title_justify="left")
+    table.add_column("")
+    table.add_column("samples", justify="right")
+    for way in ways:
+        table.add_column(way, justify="right")
+    for metric in metrics:
+        table.add_row(metric, f"{len(scores.scored):,}", *(_cell(scores.overall, way, metric) for way in ways))
+    for kind, members in scores.groups.items():
+        table.add_section()
+        table.add_row(f"[bold]{metrics[0]} by {kind}[/bold]")
+        for name, (count, figures) in members.items():
+            table.add_row(f"  {name}", f"{count:,}", *(_cell(figures, way, metrics[0]) for way in ways))
+    return table
+
+
+def _cell(figures: Figures, way: str, metric: str) -> str:
+    return f"{figures[way][metric]:.1f}" if metric in figures[way] else ""
+
+
+def _rules(scores: Scores) -> Table:
+    table = Table("scoring", "rule", "kind", "count", "share", "meaning", title="Which rules decided")
+    for way in scores.overall:
+        table.add_section()
+        for rule, count in scores.rules(way).most_common():
+            share = f"{count / len(scores.scored):.1%}"
+            table.add_row(way, rule.name, rule.kind, f"{count:,}", share, rule.meaning)
+    return table
+
+
+def _differences(scores: Scores) -> Table:
+    table = Table("official", "strict", "samples", title="Where official and strict differ, by their rules")
+    for (official, strict), count in scores.differences().most_common():
+        table.add_row(official, strict, f"{count:,}")
+    return table
