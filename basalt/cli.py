@@ -1,11 +1,16 @@
 """`basalt`: one command for what is not a service. Each command imports what it needs when it runs."""
 
 import json
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from basalt.jobs import app as jobs
+from basalt.keys import app as keys
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 train = typer.Typer(no_args_is_help=True, help="Train an assistant from a recipe.")
@@ -16,6 +21,8 @@ app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 app.add_typer(models, name="models")
 app.add_typer(evaluate, name="eval")
+app.add_typer(jobs, name="jobs")
+app.add_typer(keys, name="keys")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="CONFIG", help="the recipe, a YAML file")]
 RunDirectory = Annotated[Path, typer.Option("--out", help="the run's directory; an interrupted run goes on from there")]
@@ -24,19 +31,46 @@ RunDirectory = Annotated[Path, typer.Option("--out", help="the run's directory; 
 @train.command("stage1")
 def stage1(config: RecipePath, out: RunDirectory) -> None:
     """Alignment: trains the projector alone."""
-    from basalt.train.recipe import load_recipe
     from basalt.train.stage1_align import train_stage1
 
-    _plainly(lambda: train_stage1(load_recipe(config), out))
+    _train(train_stage1, config, out)
 
 
 @train.command("stage2")
 def stage2(config: RecipePath, out: RunDirectory) -> None:
     """Instruction tuning: trains projector and LoRA."""
-    from basalt.train.recipe import load_recipe
     from basalt.train.stage2_instruct import train_stage2
 
-    _plainly(lambda: train_stage2(load_recipe(config), out))
+    _train(train_stage2, config, out)
+
+
+@data.command("check")
+def check(
+    config: RecipePath,
+    images: Annotated[
+        bool, typer.Option("--images/--no-images", help="decode every image, or see if it is there")
+    ] = True,
+    measure: Annotated[bool, typer.Option("--measure", help="run a few real training steps and time them")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Reads all data of a recipe first: what would be learned from, what dropped and why, and how long it takes."""
+    from rich.console import Console
+
+    from basalt.data.check import check_recipe
+    from basalt.data.check_table import print_report
+    from basalt.train.recipe import load_recipe
+
+    def run() -> None:
+        recipe = load_recipe(config)
+        report = check_recipe(recipe, images=images, measure=measure, tell=lambda text: typer.echo(text, err=True))
+        if as_json:
+            typer.echo(report.model_dump_json(indent=2))
+        else:
+            print_report(report, recipe, Console())
+        if report.problems:
+            raise typer.Exit(1)
+
+    _plainly(run)
 
 
 @data.command("make-scenes")
@@ -93,6 +127,21 @@ def publish_run(
     _plainly(lambda: typer.echo(publish(run, name, out, told).version))
 
 
+@models.command("pull")
+def pull_version(
+    version: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="as a finished job names what it made")],
+    out: Annotated[Path, typer.Option("--models", help="the assistants' directory")] = Path("models"),
+) -> None:
+    """Brings a published version from the registry; it is served with the next start."""
+    import asyncio
+
+    from basalt.object_store import StoreSettings
+    from basalt.registry import pull
+
+    name, _, digest = version.partition("@")
+    _plainly(lambda: typer.echo(asyncio.run(pull(StoreSettings().open_store(), name, digest, out)).directory))
+
+
 @models.command("list")
 def list_assistants(root: Annotated[Path, typer.Option("--models")] = Path("models")) -> None:
     """The assistants and their versions."""
@@ -124,6 +173,27 @@ def score(
     _plainly(work)
 
 
+def _train(stage: Callable[..., None], config: Path, out: Path) -> None:
+    """Trains, alone or as one of the processes of `torchrun`; Ctrl-C or SIGTERM stops it with a checkpoint."""
+    from basalt.train import parallel
+    from basalt.train.phase import Stopped
+    from basalt.train.recipe import load_recipe
+
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+
+    def work() -> None:
+        with parallel.together():
+            try:
+                stage(load_recipe(config), out, asked.is_set)
+            except Stopped as stopped:
+                typer.echo(str(stopped))
+                raise typer.Exit(75) from None
+
+    _plainly(work)
+
+
 def _plainly(work: Callable[[], object]) -> None:
     """Runs a command; an error its author foresaw is one line on stderr, not a traceback."""
     from basalt.assistants import AssistantError
@@ -131,6 +201,8 @@ def _plainly(work: Callable[[], object]) -> None:
 
     try:
         work()
+    except typer.Exit:  # itself a RuntimeError
+        raise
     except (AssistantError, DataError, FileNotFoundError, RuntimeError, ValueError) as error:
         typer.echo(f"basalt: {error}", err=True)
         raise typer.Exit(1) from None

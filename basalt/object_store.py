@@ -8,9 +8,10 @@ import asyncio
 import io
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 import urllib3
@@ -20,6 +21,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MAX_KEY_LENGTH = 512  # characters
+PART_BYTES = 16 * 1024 * 1024  # of a large upload
 # No segment begins with a dot: neither `..` nor the directory of unfinished writes can be named.
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _IMAGE_ID = re.compile(r"sha256:[0-9a-f]{64}")
@@ -59,6 +61,22 @@ class ObjectStore(Protocol):
 
     async def exists(self, key: str) -> bool: ...
 
+    async def put_file(self, key: str, path: Path) -> None:
+        """`put` of a file's contents, without holding them in memory.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        ...
+
+    async def get_file(self, key: str, path: Path) -> None:
+        """`get` into a file, which is there whole or not at all.
+
+        Raises:
+            ObjectNotFound: there is none.
+        """
+        ...
+
 
 class DirectoryStore:
     """Objects as files under one directory, each put in place by a rename."""
@@ -75,24 +93,32 @@ class DirectoryStore:
     async def exists(self, key: str) -> bool:
         return await asyncio.to_thread(self._path(key).is_file)
 
+    async def put_file(self, key: str, path: Path) -> None:
+        with path.open("rb") as source:
+            await asyncio.to_thread(self._put, self._path(key), source)
+
+    async def get_file(self, key: str, path: Path) -> None:
+        await asyncio.to_thread(self._get_file, self._path(key), path)
+
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
 
-    def _put(self, path: Path, data: bytes) -> None:
+    def _put(self, path: Path, data: bytes | BinaryIO) -> None:
+        source = io.BytesIO(data) if isinstance(data, bytes) else data
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = self.root / ".unfinished"
             unfinished.mkdir(exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=unfinished)
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(data)
-                Path(name).replace(path)
-            except BaseException:
-                Path(name).unlink(missing_ok=True)
-                raise
+            _write_whole(path, source, unfinished)
         except OSError as error:
             raise StoreUnavailable(f"the object store {self.root} cannot be written: {error.strerror}") from error
+
+    def _get_file(self, source: Path, path: Path) -> None:
+        try:
+            with source.open("rb") as file:
+                _write_whole(path, file, path.parent)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ObjectNotFound(f"no object {source.relative_to(self.root)}") from None
 
     def _get(self, path: Path) -> bytes:
         try:
@@ -118,6 +144,27 @@ class MinioStore:
 
     async def exists(self, key: str) -> bool:
         return await asyncio.to_thread(self._exists, check_key(key))
+
+    async def put_file(self, key: str, path: Path) -> None:
+        await asyncio.to_thread(self._put_file, check_key(key), path)
+
+    async def get_file(self, key: str, path: Path) -> None:
+        await asyncio.to_thread(self._get_file, check_key(key), path)
+
+    def _put_file(self, key: str, path: Path) -> None:
+        with path.open("rb") as file:
+            try:
+                self.client.put_object(self.bucket, key, file, path.stat().st_size, part_size=PART_BYTES)
+            except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+                raise self._unavailable(error) from error
+
+    def _get_file(self, key: str, path: Path) -> None:
+        try:
+            self.client.fget_object(self.bucket, key, str(path))
+        except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+            if _is_missing(error):
+                raise ObjectNotFound(f"no object {key}") from None
+            raise self._unavailable(error) from error
 
     def _put(self, key: str, data: bytes) -> None:
         try:
@@ -236,6 +283,18 @@ def check_key(key: str) -> str:
             f"none beginning with '.', at most {MAX_KEY_LENGTH} characters"
         )
     return key
+
+
+def _write_whole(path: Path, source: BinaryIO, unfinished: Path) -> None:
+    """Writes a file by way of one in the folder `unfinished`."""
+    descriptor, name = tempfile.mkstemp(dir=unfinished, prefix=".unfinished-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _open_s3(

@@ -21,6 +21,8 @@ PORTS = {  # service: (the variable that changes its port, default)
     "llm": ("BASALT_LLM_PORT", 8000),
     "gateway": ("BASALT_GATEWAY_PORT", 8080),
     "ui": ("BASALT_UI_PORT", 8501),
+    "trainer": ("BASALT_TRAINER_PORT", 8090),
+    "redis": ("BASALT_REDIS_PORT", 6390),
 }
 CPUINFO = Path("/proc/cpuinfo")
 GIB = 1024**3

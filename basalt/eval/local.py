@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from basalt.data.images import decode_image
 from basalt.data.preprocess import IGNORE
-from basalt.data.readers import ImageSource, read_records, read_rows
+from basalt.data.readers import ImageSource, Row, read_records, read_rows
 from basalt.eval.captions import bleu, cider
 from basalt.eval.scenes import Score, score
 from basalt.model.assistant import LocalAssistant
@@ -47,7 +47,8 @@ def scene_scores(
 def perplexity_ratio(assistant: LocalAssistant, rows: Path, *, limit: int | None = None) -> float:
     """Perplexity on the answers of text-only chat, with the LoRA over without it; 1.0 is an unharmed LM."""
     lm = assistant.model.lm
-    samples = [assistant.tokenizer.sample(row.messages) for row in spread(list(read_rows(rows, [])), limit)]
+    chats = [row for row in read_rows(rows) if isinstance(row, Row)]
+    samples = [assistant.tokenizer.sample(row.messages) for row in spread(chats, limit)]
 
     def perplexity() -> float:
         total, count = 0.0, 0

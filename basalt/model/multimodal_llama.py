@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from basalt.data.packing import Packed
 from basalt.data.preprocess import IGNORE
 from basalt.model.projector import Projector
 from basalt.model.vision_encoder import VisionEncoder
 
+LOSS_CHUNK = 2048  # positions whose logits are held at once, in float32 over the whole vocabulary
 HIDDEN = -3.0e4  # added to the scores of what must not be seen; finite, so that padding rows stay finite too
 
 
@@ -119,8 +121,15 @@ class MultimodalLlama(nn.Module):
             use_cache=False,
         ).last_hidden_state
         supervised = hidden.flatten(0, 1)[batch.source]  # [K, lm_dim]
-        logits = self.causal_lm.lm_head(supervised)  # [K, vocab]
-        return cross_entropy(logits.float(), batch.target, reduction="sum")
+        if len(supervised) <= LOSS_CHUNK:
+            return self._token_loss(supervised, batch.target)
+        parts = zip(supervised.split(LOSS_CHUNK), batch.target.split(LOSS_CHUNK), strict=True)
+        # Recomputed in the backward pass, so that only one chunk's logits are there at a time.
+        return torch.stack([checkpoint(self._token_loss, *part, use_reentrant=False) for part in parts]).sum()  # type: ignore[misc]
+
+    def _token_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        logits = self.causal_lm.lm_head(hidden)  # [chunk, vocab]
+        return cross_entropy(logits.float(), target, reduction="sum")
 
     @torch.inference_mode()
     def generate(self, ids: Tensor, attention_mask: Tensor, visual: Tensor | None, **options: Any) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from basalt.assistants import TowerSpec, sha256
 from basalt.data.images import ImageError, decode_image
-from basalt.data.readers import DataError, ImageSource
+from basalt.data.readers import DataError, Images
 from basalt.model.vision_encoder import load_vision_encoder
 
 
@@ -37,9 +37,7 @@ class FeatureCache:
         return self._features[self.rows[name]]
 
 
-def cached_features(
-    spec: TowerSpec, source: ImageSource, names: list[str], root: Path, *, batch: int = 32
-) -> FeatureCache:
+def cached_features(spec: TowerSpec, source: Images, names: list[str], root: Path, *, batch: int = 32) -> FeatureCache:
     """Opens the cache for these images under `root`, computing it first where it is not there.
 
     Known again by the tower and the images' names and sizes. An image that is missing or cannot be decoded is left
@@ -54,14 +52,14 @@ def cached_features(
     return FeatureCache(directory)
 
 
-def _size(source: ImageSource, name: str) -> int | None:
+def _size(source: Images, name: str) -> int | None:
     try:
         return source.size(name)
     except DataError:
         return None
 
 
-def _compute(spec: TowerSpec, source: ImageSource, names: list[str], directory: Path, batch: int) -> None:
+def _compute(spec: TowerSpec, source: Images, names: list[str], directory: Path, batch: int) -> None:
     tower = load_vision_encoder(spec).to(torch.bfloat16)
     rows: dict[str, int] = {}
     broken: dict[str, str] = {}

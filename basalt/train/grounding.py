@@ -10,6 +10,7 @@ run, so an image costs some fiftieth of what it costs in the stages.
 import math
 import random
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +21,13 @@ from torch.nn.functional import normalize
 from basalt.assistants import TowerSpec
 from basalt.data.preprocess import IGNORE
 from basalt.data.scenes import Box
-from basalt.model.projector import Projector
-from basalt.train.data import Source, prefetched
+from basalt.train import parallel
+from basalt.train.data import Source
 from basalt.train.features import FeatureCache
-from basalt.train.loop import MasterAdamW
+from basalt.train.loop import Run
+from basalt.train.optimizer import MasterAdamW
+from basalt.train.phase import Phase
+from basalt.train.progress import Tally
 from basalt.train.recipe import Grounding
 
 GROUND = "background"  # the word for a token that lies in no box
@@ -130,7 +134,7 @@ class Grounder:
             strict=True,
         )
         found = log_probabilities[list(image), list(cell), list(word)]
-        return -(found * torch.tensor(share)).sum() / (len(contents) * log_probabilities.shape[1])
+        return -(found * torch.tensor(share, device=found.device)).sum() / (len(contents) * log_probabilities.shape[1])
 
     def photo_loss(self, log_probabilities: Tensor, photos: list[Photo]) -> Tensor:
         """Each word of a photo's answers must be what some of its tokens show."""
@@ -138,18 +142,28 @@ class Grounder:
         losses = []
         for index, photo in enumerate(photos):
             columns = [self.column[token] for token, _ in photo.words]
-            shares = torch.tensor([share for _, share in photo.words])
+            shares = torch.tensor([share for _, share in photo.words], device=shown.device)
             losses.append(-(shown[index, columns].clamp(min=1e-6).log() * shares).sum())
         return torch.stack(losses).mean()
 
-    def train(self, projector: Projector, standardizer: torch.nn.Module, grounding: Grounding, seed: int) -> None:
-        """Trains the projector, bf16, in place; cosine to zero after a short warm-up."""
+    def train(
+        self,
+        run: Run,
+        grounding: Grounding,
+        stop: Callable[[], bool],
+    ) -> None:
+        """Trains the run's projector, bf16, in place; cosine to zero after a short warm-up.
+
+        Raises:
+            Stopped: `stop` said so.
+        """
+        projector, standardizer, seed = run.projector, run.standardizer, run.recipe.seed
         with torch.no_grad():
             projector.linear_2.bias.copy_(self.mean)
-        optimizer = MasterAdamW([(list(projector.parameters()), grounding.learning_rate)], weight_decay=0.01)
+        optimizer = MasterAdamW([(dict(projector.named_parameters()), grounding.learning_rate)], weight_decay=0.01)
 
         def scores(features: Tensor) -> tuple[Tensor, Tensor]:
-            return self.scores(projector(standardizer(features).to(projector.linear_1.weight)))
+            return self.scores(projector(standardizer(features.to(run.device)).to(projector.linear_1.weight)))
 
         def deal(step: int) -> tuple[list[Content], Tensor, list[Photo], Tensor | None]:
             rng = random.Random(f"{seed}/grounding/{step}")
@@ -162,25 +176,33 @@ class Grounder:
                 torch.stack([photo.features[photo.name] for photo in photos]) if photos else None,
             )
 
-        sums = [0.0, 0.0]
-        steps = range(grounding.steps)
-        for step, (contents, shown, photos, photographed) in zip(steps, prefetched(deal, steps), strict=True):
+        def work(step: int, dealt: tuple[list[Content], Tensor, list[Photo], Tensor | None]) -> Tally:
+            contents, shown, photos, photographed = dealt
             log_probabilities, off = scores(shown)
             scene_loss = self.scene_loss(log_probabilities, contents)
             loss = scene_loss + LENGTH_WEIGHT * off
-            sums[0] += float(scene_loss.detach())
+            means: dict[str, tuple[Tensor | float, float]] = {"loss": (scene_loss.detach(), 1)}
             if photographed is not None:
                 log_probabilities, off = scores(photographed)
                 photo_loss = self.photo_loss(log_probabilities, photos)
                 loss = loss + PHOTO_WEIGHT * photo_loss + LENGTH_WEIGHT * off
-                sums[1] += float(photo_loss.detach())
-            loss.backward()
+                means["photo_loss"] = (photo_loss.detach(), 1)
+            (loss / parallel.rank_and_world()[1]).backward()  # all processes see the same images
             warm = min(1.0, (step + 1) / 50)
             optimizer.step(warm * 0.5 * (1 + math.cos(math.pi * step / grounding.steps)), clip=1.0)
-            if (step + 1) % 100 == 0 or step + 1 == grounding.steps:
-                count = step % 100 + 1
-                print(f"grounding {step + 1}: scenes {sums[0] / count:.3f}, photos {sums[1] / count:.3f}", flush=True)
-                sums = [0.0, 0.0]
+            return Tally(means, 0)
+
+        Phase(
+            name="grounding",
+            directory=run.directory / "grounding",
+            steps=grounding.steps,
+            checkpoint_every=500,
+            deal=deal,
+            work=work,
+            state=lambda: {"optimizer": optimizer.state(), "standardizer": standardizer.state_dict()},
+            load=lambda state: optimizer.load(state["optimizer"]),
+            stop=stop,
+        ).run()
 
 
 def _photos(sources: list[Source], tokenizer: Any) -> list[Photo]:

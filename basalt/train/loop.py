@@ -1,29 +1,31 @@
-"""The training loop both stages share: steps, learning rates, checkpoints, and a line of figures as it goes."""
+"""One run of a stage: the recipe's model and data, and its steps through the LM."""
 
 import ctypes
-import json
-import math
 import os
 import random
 import shutil
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from basalt.data.packing import fill_rows
+from basalt.data.grouping import fill_rows
 from basalt.data.preprocess import TEMPLATES, Tokenizer
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import Projector
-from basalt.train.data import Batch, Dealer, prefetched, prepare
+from basalt.train import checkpoints, parallel
+from basalt.train.data import Batch, Dealer, Dealt, prepare
+from basalt.train.optimizer import MasterAdamW, rate_factor
+from basalt.train.phase import Phase
+from basalt.train.progress import Tally
 from basalt.train.recipe import Recipe, RecipeError
+from basalt.train.samples import Sample, answers, sample_of
 
-MAY_CHANGE = ("steps", "decay", "checkpoint_every")  # when a run goes on
+MAY_CHANGE = ("steps", "epochs", "decay", "checkpoint_every")  # when a run goes on
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 COMPILE_FROM = 100  # steps: in fewer, compiling takes longer than it saves
 
@@ -48,35 +50,6 @@ class Standardizer(nn.Module):
         return (features.float() - self.mean) / self.std
 
 
-class MasterAdamW:
-    """AdamW on float32 copies of bf16 parameters: bf16 alone loses the small steps of a low learning rate."""
-
-    def __init__(self, groups: list[tuple[list[nn.Parameter], float]], weight_decay: float) -> None:
-        self.parameters = [parameter for parameters, _ in groups for parameter in parameters]
-        self.masters = [parameter.detach().float().clone().requires_grad_() for parameter in self.parameters]
-        of = dict(zip(self.parameters, self.masters, strict=True))
-        self.peaks = [rate for _, rate in groups]
-        self.adamw = torch.optim.AdamW(
-            [{"params": [of[parameter] for parameter in parameters], "lr": rate} for parameters, rate in groups],
-            betas=(0.9, 0.999),
-            weight_decay=weight_decay,
-        )
-
-    def step(self, factor: float, clip: float) -> float:
-        """One update with every learning rate times `factor`; returns the gradient's norm before clipping."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-        norm = nn.utils.clip_grad_norm_(self.masters, clip)
-        for group, peak in zip(self.adamw.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
-        self.adamw.step()
-        with torch.no_grad():
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                parameter.copy_(master)
-        return float(norm)
-
-
 def keep_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the recipe of a run.
 
@@ -84,23 +57,30 @@ def keep_recipe(recipe: Recipe, path: Path) -> None:
         RecipeError: the run was begun with another one, in more than how long it goes on.
     """
     if path.is_file():
-        before, now = json.loads(path.read_text()), json.loads(recipe.model_dump_json())
-        changed = [name for name in now if now[name] != before.get(name) and name not in MAY_CHANGE]
+        before = Recipe.model_validate_json(path.read_text()).model_dump(mode="json")
+        now = recipe.model_dump(mode="json")
+        changed = [name for name in now if now[name] != before[name] and name not in MAY_CHANGE]
         if changed:
-            told = "; ".join(f"{name}: {before.get(name)} before, {now[name]} now" for name in changed)
+            told = "; ".join(f"{name}: {before[name]} before, {now[name]} now" for name in changed)
             raise RecipeError(f"{path.parent} was begun with another recipe ({told}): name another directory")
     path.write_text(recipe.model_dump_json(indent=2))
 
 
-def rate_factor(step: int, recipe: Recipe) -> float:
-    """Linear warm-up, then level, then cosine to zero over the last `decay` share of the steps."""
-    warmup = max(round(recipe.warmup * recipe.steps), 1)
-    decay_from = max(round((1 - recipe.decay) * recipe.steps), warmup)
-    if step < warmup:
-        return (step + 1) / warmup
-    if step < decay_from:
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - decay_from) / max(recipe.steps - decay_from, 1)))
+def begun(directory: Path) -> bool:
+    return bool(checkpoints.saved(directory))
+
+
+def learned(directory: Path) -> dict[str, Any]:
+    """The last checkpoint of a run: `projector` and `standardizer`, float32, and what its training needed besides.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: all there are are damaged.
+    """
+    state = checkpoints.load_last(directory, print)
+    if state is None:
+        raise FileNotFoundError(f"{directory} holds no run of `basalt train`: it has no checkpoint")
+    return state
 
 
 class Run:
@@ -109,30 +89,33 @@ class Run:
     def __init__(self, recipe: Recipe, directory: Path) -> None:
         torch.manual_seed(recipe.seed)
         directory.mkdir(parents=True, exist_ok=True)
-        keep_recipe(recipe, directory / "recipe.json")
+        with parallel.leader_first():
+            keep_recipe(recipe, directory / "recipe.json")
+        world = parallel.rank_and_world()[1]
+        if recipe.passes_per_step % world:
+            raise RecipeError(f"passes_per_step = {recipe.passes_per_step} cannot be shared by {world} processes alike")
         self.recipe, self.directory = recipe, directory
-        self.checkpoint = directory / "checkpoint.pt"
-        # Measured on two CPU cores with rows of 320 tokens: the plain product beats the fused CPU kernel's backward.
-        attention = "sdpa" if torch.cuda.is_available() else "eager"
-        self.lm: Any = AutoModelForCausalLM.from_pretrained(
-            recipe.base_lm, dtype=torch.bfloat16, attn_implementation=attention
-        ).requires_grad_(False)
+        self.device = parallel.device()
+        self.lm = load_base_lm(recipe, self.device)
         template = (TEMPLATES / recipe.chat_template).read_text()
         self.tokenizer = Tokenizer(
             AutoTokenizer.from_pretrained(recipe.base_lm), template, recipe.image_token_id, recipe.tower.tokens
         )
-        sources = [prepare(source, recipe, self.tokenizer) for source in recipe.data]
+        with parallel.leader_first():
+            sources = [prepare(source, recipe, self.tokenizer) for source in recipe.data]
+            self.held_out = self._held_out()
         self.dealer = Dealer(sources, recipe, pad_id=0)
-        self.held_out = self._held_out()
+        self.steps = recipe.total_steps(self.dealer.steps_per_epoch())
         self.standardizer = Standardizer(recipe.tower.width)
         self.projector = Projector(recipe.tower.width, recipe.projector_hidden, self.lm.config.hidden_size)
         if recipe.start is None:
             self._start_afresh()
         else:
-            state = torch.load(recipe.start / "checkpoint.pt", weights_only=True)
+            state = learned(recipe.start)
             self.projector.load_state_dict(state["projector"])
             self.standardizer.load_state_dict(state["standardizer"])
-        self.projector.to(torch.bfloat16)
+        self.projector.to(self.device, torch.bfloat16)
+        self.standardizer.to(self.device)
 
     def _start_afresh(self) -> None:
         caches = [source.features for source in self.dealer.sources if source.features is not None]
@@ -141,86 +124,114 @@ class Run:
         self.projector.scale_output(float(self.lm.get_input_embeddings().weight.float().std()))
 
     def _held_out(self) -> list[Batch]:
+        self.samples: list[Sample] = []
         if self.recipe.held_out is None:
             return []
         source = prepare(self.recipe.held_out, self.recipe, self.tokenizer)
         dealer = Dealer([source], self.recipe, pad_id=0)
+        chosen = [group for group in source.groups if group.images][: self.recipe.samples]
+        self.samples = [sample_of(group, dealer.features(group), self.tokenizer) for group in chosen]
         rows = fill_rows(source.groups[:96], self.recipe.row_length, random.Random(0))
         size = self.recipe.rows_per_pass
         return [dealer.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
 
-    def train(self, model: MultimodalLlama, optimizer: MasterAdamW) -> None:
-        """Runs the recipe's steps, going on from this run's checkpoint if there is one."""
+    def train(self, name: str, model: MultimodalLlama, optimizer: MasterAdamW, stop: Callable[[], bool]) -> None:
+        """Runs the recipe's steps, going on from this run's checkpoint if there is one.
+
+        Raises:
+            Stopped: `stop` said so.
+        """
+        recipe = self.recipe
         keep_freed_memory()
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        first = self._resume(trained, optimizer)
-        if self.recipe.steps - first >= COMPILE_FROM:
-            compile_layers(model.causal_lm.model.layers)
-        log = (self.directory / "log.jsonl").open("a")
-        seen, loss_sum, count, began = 0, 0.0, 0, time.monotonic()
-        steps = range(first, self.recipe.steps)
-        for step, batches in zip(steps, prefetched(self.dealer.step, steps), strict=True):
-            supervised = sum(len(batch.packed.target) for batch in batches)
+        layers = model.causal_lm.model.layers
+        if recipe.shard:
+            parallel.shard(layers)
+        if self.steps >= COMPILE_FROM:
+            compile_layers(layers)
+
+        def work(step: int, dealt: Dealt) -> Tally:
+            batches = dealt.batches
+            total: Tensor | float = 0.0
             for batch in batches:
                 loss = self._loss(model, batch)
-                (loss / supervised).backward()
-                loss_sum += float(loss.detach())
-            norm = optimizer.step(rate_factor(step, self.recipe), self.recipe.clip)
-            count += supervised
-            seen += sum(int((batch.packed.groups >= 0).sum()) for batch in batches)
-            last = step + 1 == self.recipe.steps
-            if (step + 1) % 20 == 0 or last:
-                figures: dict[str, float] = {
-                    "step": step + 1,
-                    "loss": round(loss_sum / count, 4),
-                    "gradient_norm": round(norm, 3),
-                    "tokens_per_second": round(seen / (time.monotonic() - began)),
-                }
-                if (step + 1) % 200 == 0 or last:
-                    figures["held_out_loss"] = round(self.held_out_loss(model), 4)
-                print(json.dumps(figures), flush=True)
-                log.write(json.dumps(figures) + "\n")
-                log.flush()
-                seen, loss_sum, count, began = 0, 0.0, 0, time.monotonic()
-            if (step + 1) % self.recipe.checkpoint_every == 0 or last:
-                self._save(step + 1, trained, optimizer)
+                (loss / dealt.supervised).backward()
+                total = total + loss.detach()
+            factor = rate_factor(step, self.steps, warmup=recipe.warmup, decay=recipe.decay)
+            norm = optimizer.step(factor, recipe.clip)
+            positions = sum(batch.packed.ids.numel() for batch in batches)
+            tokens = sum(int((batch.packed.groups >= 0).sum()) for batch in batches)
+            means: dict[str, tuple[Tensor | float, float]] = {
+                "loss": (total, sum(len(batch.packed.target) for batch in batches)),
+                "gradient_norm": (norm, 1),
+                "learning_rate": (optimizer.peaks[-1] * factor, 1),
+                "padding": (positions - tokens, positions),
+            }
+            return Tally(means, tokens)
+
+        def load(state: dict[str, Any]) -> None:
+            optimizer.load(state["optimizer"])
+            self.standardizer.load_state_dict(state["standardizer"])
+
+        Phase(
+            name=name,
+            directory=self.directory,
+            steps=self.steps,
+            checkpoint_every=recipe.checkpoint_every,
+            deal=self.dealer.step,
+            work=work,
+            state=lambda: {
+                "steps": self.steps,
+                "projector": {name: value.float() for name, value in self.projector.state_dict().items()},
+                "standardizer": self.standardizer.state_dict(),
+                "optimizer": optimizer.state(),
+            },
+            load=load,
+            stop=stop,
+            evaluate=lambda: self.evaluate(model),
+        ).run()
 
     def _loss(self, model: MultimodalLlama, batch: Batch) -> Tensor:
-        features = None if batch.features is None else self.standardizer(batch.features)
-        return model.packed_loss(batch.packed, features)
+        features = None if batch.features is None else self.standardizer(batch.features.to(self.device))
+        return model.packed_loss(batch.packed.to(self.device), features)
+
+    def evaluate(self, model: MultimodalLlama) -> dict[str, Any]:
+        """The loss on the held-out rows, and answers to some of them."""
+        if not self.held_out:
+            return {}
+        told = answers(self.samples, model, self.standardizer, self.tokenizer)
+        return {"held_out_loss": self.held_out_loss(model), "samples": told}
 
     @torch.no_grad()
     def held_out_loss(self, model: MultimodalLlama) -> float:
-        """Mean loss a token on the held-out rows; NaN without any."""
-        if not self.held_out:
-            return math.nan
+        """Mean loss a token on the held-out rows."""
         total = sum(float(self._loss(model, batch)) for batch in self.held_out)
         return total / sum(len(batch.packed.target) for batch in self.held_out)
 
-    def _save(self, step: int, trained: dict[str, nn.Parameter], optimizer: MasterAdamW) -> None:
-        state = {
-            "step": step,
-            "projector": {name: value.float() for name, value in self.projector.state_dict().items()},
-            "standardizer": self.standardizer.state_dict(),
-            "masters": dict(zip(trained, optimizer.masters, strict=True)),
-            "optimizer": optimizer.adamw.state_dict(),
-        }
-        partial = self.directory / "checkpoint.pt.partial"
-        torch.save(state, partial)
-        partial.replace(self.checkpoint)
 
-    def _resume(self, trained: dict[str, nn.Parameter], optimizer: MasterAdamW) -> int:
-        if not self.checkpoint.is_file():
-            return 0
-        state = torch.load(self.checkpoint, weights_only=True)
-        with torch.no_grad():
-            for (name, parameter), master in zip(trained.items(), optimizer.masters, strict=True):
-                master.copy_(state["masters"][name])
-                parameter.copy_(master)
-        optimizer.adamw.load_state_dict(state["optimizer"])
-        self.standardizer.load_state_dict(state["standardizer"])
-        print(f"going on from step {state['step']}", flush=True)
-        return state["step"]
+def nf4() -> BitsAndBytesConfig:
+    """QLoRA's quantisation of the frozen LM: 4-bit NormalFloat, its scales quantised too (Dettmers et al. 2023)."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def load_base_lm(recipe: Recipe, device: torch.device) -> Any:
+    """The frozen base LM, bf16, or quantised as the recipe says."""
+    # Measured on two CPU cores with rows of 320 tokens: the plain product beats the fused CPU kernel's backward.
+    attention = "sdpa" if device.type == "cuda" else "eager"
+    quantized = None if recipe.quantize is None else nf4()
+    lm: Any = AutoModelForCausalLM.from_pretrained(
+        recipe.base_lm, dtype=torch.bfloat16, attn_implementation=attention, quantization_config=quantized
+    ).requires_grad_(False)
+    if quantized is None:  # what is quantised was put there as it was loaded
+        lm.to(device)
+    if recipe.recompute:
+        lm.train()  # transformers recomputes in training mode only; there is no dropout it would switch on
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return lm
 
 
 def compile_layers(layers: nn.ModuleList) -> None:
@@ -247,6 +258,6 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def named(parameters: Iterator[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
-    """The trainable ones, in order."""
-    return [parameter for _, parameter in parameters if parameter.requires_grad]
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

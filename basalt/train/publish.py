@@ -20,6 +20,7 @@ from basalt.assistants import (
 )
 from basalt.data.preprocess import TEMPLATES
 from basalt.model.projector import Projector
+from basalt.train.loop import learned
 from basalt.train.recipe import Recipe
 
 ADAPTER = "adapter_model.safetensors"
@@ -33,12 +34,10 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
     Raises:
         FileNotFoundError: the run is not finished.
     """
-    if not (run / "checkpoint.pt").is_file():
-        raise FileNotFoundError(f"{run} holds no finished run of `basalt train`: it has no checkpoint.pt")
+    state = learned(run)
     recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
-    if recipe.lora is not None and not (run / "lora").is_dir():
+    if state["step"] < state["steps"] or (recipe.lora is not None and not (run / "lora").is_dir()):
         raise FileNotFoundError(f"{run} is not finished: start it again, it goes on where it stopped")
-    state = torch.load(run / "checkpoint.pt", weights_only=True)
     directory = models / name
     directory.mkdir(parents=True, exist_ok=True)
 

@@ -5,10 +5,10 @@ Relative paths are taken from the working directory, `$NAME` in them from the en
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from basalt.assistants import TowerSpec
 
@@ -32,12 +32,12 @@ class _Part(BaseModel):
 
 
 class DataSource(_Part):
-    """Rows and the folder or tar of their images."""
+    """Rows, and the folder or tar of their images (see `basalt.data.readers`)."""
 
     rows: ExpandedPath
-    images: ExpandedPath | None = None
+    images: ExpandedPath | None = None  # none where the rows hold their images, or have none
     weight: float = Field(default=1.0, gt=0)  # share of its groups seen in an epoch; 2.0 is twice, 0.5 half
-    prompts: list[str] = ["Describe the image."]  # what a caption answers
+    prompts: list[str] = Field(default=["Describe the image."], min_length=1)  # what a caption answers
     boxes: ExpandedPath | None = None  # what stands where in the images, for grounding
 
 
@@ -62,12 +62,14 @@ class Recipe(_Part):
     image_token_id: int = Field(ge=0)
     projector_hidden: int = Field(gt=0)
     data: list[DataSource] = Field(min_length=1)
-    held_out: DataSource | None = None  # its loss is printed as training goes
+    held_out: DataSource | None = None  # its loss is measured as training goes
+    samples: int = Field(default=3, ge=0)  # held-out questions whose answers are shown as training goes
     start: ExpandedPath | None = None  # a stage 1 run whose projector is trained on
     grounding: Grounding | None = None
     lora: LoRA | None = None
     projector_learning_rate: float = Field(gt=0)
-    steps: int = Field(gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)  # instead of steps: how often all data is seen
     rows_per_pass: int = Field(gt=0)  # run through the model together; fits memory
     passes_per_step: int = Field(default=1, gt=0)  # whose gradients are added up
     row_length: int = Field(gt=0)  # tokens
@@ -76,8 +78,21 @@ class Recipe(_Part):
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
     checkpoint_every: int = Field(default=100, gt=0)
+    quantize: Literal["nf4"] | None = None  # of the frozen base LM: QLoRA, for small GPUs
+    recompute: bool = False  # activations in the backward pass (checkpointing): a fifth slower, much less memory
+    shard: bool = False  # the frozen base LM over the processes that train together (FSDP2)
     seed: int = 0
     features: ExpandedPath = Path("var/features")  # cache of tower features
+
+    def total_steps(self, per_epoch: int) -> int:
+        """How many steps a run takes, by how many an epoch of its data makes."""
+        return self.steps or max(round((self.epochs or 1) * per_epoch), 1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Recipe":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give `steps` or `epochs`, one of the two")
+        return self
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -93,5 +108,5 @@ def load_recipe(path: Path) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        lines = [": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"]))) for item in error.errors()]
         raise RecipeError(f"{path}: " + "; ".join(lines)) from error

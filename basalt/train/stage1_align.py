@@ -4,23 +4,30 @@ LLaVA-1.5's recipe (Liu et al. 2023): tower and LM frozen, lr 1e-3, cosine, warm
 projector grounded first (see `basalt.train.grounding`).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.train.grounding import Grounder
-from basalt.train.loop import MasterAdamW, Run, named
+from basalt.train.loop import Run, begun, trainable
+from basalt.train.optimizer import MasterAdamW
+from basalt.train.phase import never
 from basalt.train.recipe import Recipe, RecipeError
 
 
-def train_stage1(recipe: Recipe, directory: Path) -> None:
-    """Trains the projector and leaves it in `directory/checkpoint.pt`."""
+def train_stage1(recipe: Recipe, directory: Path, stop: Callable[[], bool] = never) -> None:
+    """Trains the projector and leaves it in the run's last checkpoint.
+
+    Raises:
+        Stopped: `stop` said so.
+    """
     if recipe.lora or recipe.start:
         raise RecipeError("stage 1 trains a fresh projector alone: `lora` and `start` belong to stage 2")
     run = Run(recipe, directory)
-    if recipe.grounding is not None and not run.checkpoint.is_file():
+    if recipe.grounding is not None and not begun(directory):
         embeddings = run.lm.get_input_embeddings().weight.detach()
         grounder = Grounder(run.dealer.sources, recipe.tower, embeddings, run.tokenizer.tokenizer)
-        grounder.train(run.projector, run.standardizer, recipe.grounding, recipe.seed)
+        grounder.train(run, recipe.grounding, stop)
     model = MultimodalLlama(None, run.projector, run.lm, recipe.image_token_id)
-    projector = named(run.projector.named_parameters())
-    run.train(model, MasterAdamW([(projector, recipe.projector_learning_rate)], recipe.weight_decay))
+    optimizer = MasterAdamW([(trainable(run.projector), recipe.projector_learning_rate)], recipe.weight_decay)
+    run.train("stage 1", model, optimizer, stop)

@@ -11,9 +11,9 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from pydantic import ValidationError
 
+from basalt import api_errors as errors
 from basalt.object_store import ObjectStore
 from basalt.rpc.vision.v1.vision_pb2 import AssistantInfo
-from services.gateway import errors
 from services.gateway.chat import Services, complete
 from services.gateway.fetch import Fetcher
 from services.gateway.images import ImageIntake
@@ -37,7 +37,7 @@ def create_app(settings: Settings) -> FastAPI:
         await services.close()
 
     app = FastAPI(title="Basalt", summary="An OpenAI-compatible gateway to your vision assistants", lifespan=lifespan)
-    errors.install(app)
+    errors.install(app, "gateway")
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:

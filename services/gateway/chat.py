@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from fastapi import Request, Response
 
-from services.gateway.errors import bad_request
+from basalt.api_errors import bad_request
 from services.gateway.images import ImageIntake
 from services.gateway.llm_client import LLMClient
 from services.gateway.schema import ChatRequest, ImagePart, parse_chat

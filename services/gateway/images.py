@@ -7,10 +7,10 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from basalt.api_errors import bad_request, unavailable
 from basalt.assistants import sha256
 from basalt.data.images import ImageError, decode_image
 from basalt.object_store import ObjectStore, StoreError, image_key
-from services.gateway.errors import bad_request, unavailable
 from services.gateway.fetch import Fetcher, FetchError, TooLarge
 
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64", re.IGNORECASE)

@@ -10,7 +10,7 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.background import BackgroundTask
 
-from services.gateway.errors import APIError, failed, timed_out, unavailable
+from basalt.api_errors import APIError, failed, timed_out, unavailable
 
 log = logging.getLogger("basalt.gateway")
 

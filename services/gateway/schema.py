@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from services.gateway.errors import bad_request
+from basalt.api_errors import bad_request
 
 PART_TYPES = ("text", "image_url", "refusal")
 

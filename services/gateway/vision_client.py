@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from basalt.api_errors import APIError, bad_request, failed, timed_out, unavailable
 from basalt.rpc.vision.v1 import vision_pb2, vision_pb2_grpc
-from services.gateway.errors import APIError, bad_request, failed, timed_out, unavailable
 from services.gateway.images import StoredImage
 
 log = logging.getLogger("basalt.gateway")

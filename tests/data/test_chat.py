@@ -72,4 +72,4 @@ def test_answers_end_where_a_sentence_does(tmp_path: Path, chain: str, answer: s
     assert [[turn["value"] for turn in row["conversations"]] for row in rows] == (
         [[prompt, answer] for prompt in prompts] if answer else []
     )
-    assert [row.images for row in read_rows(out, [])] == [()] * len(rows)
+    assert [row.images for row in read_rows(out)] == [()] * len(rows)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from basalt.data.packing import PREFIX, Group, Packed, fill_rows, group_samples, pack
+from basalt.data.grouping import Group, fill_rows, group_samples
+from basalt.data.packing import PREFIX, Packed, pack
 from basalt.data.preprocess import IGNORE, Sample
 
 LENGTH = 40
@@ -41,10 +42,12 @@ def samples(draw: st.DrawFn) -> Found:
     return found
 
 
-def packed(found: Found) -> tuple[Packed, list[list[Group]], int]:
-    groups, dropped = group_samples(found, LENGTH, IMAGE)
+def packed(found: Found) -> tuple[Packed, list[list[Group]], Found]:
+    """Those that fit into a row."""
+    kept = [(images, sample) for images, sample in found if len(sample.ids) <= LENGTH]
+    groups = group_samples(kept, LENGTH, IMAGE)
     rows = fill_rows(groups, LENGTH, random.Random(0))
-    return pack(rows, LENGTH, PAD), rows, dropped
+    return pack(rows, LENGTH, PAD), rows, kept
 
 
 def histories(batch: Packed) -> list[tuple[int, ...]]:
@@ -59,25 +62,24 @@ def histories(batch: Packed) -> list[tuple[int, ...]]:
 @settings(deadline=None, max_examples=60)
 @given(samples())
 def test_every_learned_token_appears_once_after_its_whole_conversation(found: Found) -> None:
-    batch, _, dropped = packed(found)
-    kept = [sample for _, sample in found if len(sample.ids) <= LENGTH]
-    assert dropped == len(found) - len(kept)
+    batch, rows, kept = packed(found)
     expected = Counter(
-        (tuple(sample.ids[:i]), label) for sample in kept for i, label in enumerate(sample.labels) if label != IGNORE
+        (tuple(sample.ids[:i]), label) for _, sample in kept for i, label in enumerate(sample.labels) if label != IGNORE
     )
     learned = Counter(zip(histories(batch), batch.target.tolist(), strict=True))
     assert learned == expected
+    assert sum(group.supervised() for row in rows for group in row) == len(batch.target)
 
 
 @settings(deadline=None, max_examples=60)
 @given(samples())
 def test_nothing_is_cut_and_nothing_is_longer_than_a_row(found: Found) -> None:
-    batch, rows, _ = packed(found)
+    batch, rows, kept = packed(found)
     assert all(sum(map(len, row)) <= LENGTH for row in rows)
     whole = Counter(
         (group.images, tuple(group.prefix + branch.ids)) for row in rows for group in row for branch in group.branches
     )
-    assert whole == Counter((images, tuple(sample.ids)) for images, sample in found if len(sample.ids) <= LENGTH)
+    assert whole == Counter((images, tuple(sample.ids)) for images, sample in kept)
     assert batch.images == [name for row in rows for group in row for name in group.images]
     assert int((batch.ids == IMAGE).sum()) == 4 * len(batch.images)
 
@@ -105,8 +107,7 @@ def test_an_image_s_questions_share_its_tokens() -> None:
         return (image,), Sample([16, 16, 16, 16, 5, question, 300, 301], [IGNORE] * 6 + [300, 301])
 
     asked = [ask("a", 200), ask("b", 201), ask("a", 202), ask("a", 200)]
-    groups, dropped = group_samples(asked, LENGTH, IMAGE)
-    assert dropped == 0
+    groups = group_samples(asked, LENGTH, IMAGE)
     shared = [(group.images, len(group.prefix), len(group.branches)) for group in groups]
     assert shared == [(("a",), 5, 3), (("b",), 6, 1)]
     batch = pack([groups], LENGTH, PAD)
@@ -119,7 +120,7 @@ def test_a_question_before_its_image_shares_only_with_its_like() -> None:
     def ask(question: int, answer: int) -> tuple[tuple[str, ...], Sample]:
         return ("a",), Sample([question, 16, 16, 16, 16, answer], [IGNORE] * 5 + [answer])
 
-    groups, _ = group_samples([ask(200, 300), ask(201, 301), ask(200, 302)], LENGTH, IMAGE)
+    groups = group_samples([ask(200, 300), ask(201, 301), ask(200, 302)], LENGTH, IMAGE)
     assert [(group.prefix[0], len(group.branches)) for group in groups] == [(200, 2), (201, 1)]
     batch = pack([groups], LENGTH, PAD)
     assert batch.images == ["a", "a"]
@@ -128,24 +129,7 @@ def test_a_question_before_its_image_shares_only_with_its_like() -> None:
 
 def test_the_last_token_of_a_shared_beginning_predicts_for_each_branch() -> None:
     alike = [(("a",), Sample([16, 5, answer, 2], [IGNORE, IGNORE, answer, 2])) for answer in (300, 301)]
-    groups, _ = group_samples(alike, LENGTH, IMAGE)
+    groups = group_samples(alike, LENGTH, IMAGE)
     batch = pack([groups], LENGTH, PAD)
     assert batch.source.tolist() == [1, 2, 1, 4]
     assert batch.target.tolist() == [300, 2, 301, 2]
-
-
-def test_an_image_with_more_questions_than_a_row_holds_goes_on_in_another() -> None:
-    many = [(("a",), Sample([16] * 4 + [200 + n] + [300] * 5, [IGNORE] * 5 + [300] * 5)) for n in range(20)]
-    groups, _ = group_samples(many, LENGTH, IMAGE)
-    assert len(groups) > 1
-    assert all(len(group) <= LENGTH and group.prefix == [16] * 4 for group in groups)
-    assert sum(len(group.branches) for group in groups) == 20
-
-
-def test_rows_are_filled_and_dealt_alike_by_the_same_seed() -> None:
-    groups = [Group((), [], [Sample([n] * (n % 17 + 3), [n] * (n % 17 + 3))]) for n in range(300)]
-    rows = fill_rows(groups, LENGTH, random.Random(1))
-    assert rows == fill_rows(groups, LENGTH, random.Random(1))
-    assert rows != fill_rows(groups, LENGTH, random.Random(2))
-    assert sorted(group.branches[0].ids[0] for row in rows for group in row) == list(range(300))
-    assert sum(map(len, groups)) / (len(rows) * LENGTH) > 0.9

@@ -58,7 +58,37 @@ def test_exactly_the_assistant_s_texts_and_end_tokens_are_learned(tokenizer: Tok
     assert len(sample.ids) == len(sample.labels)
     assert all(label in (IGNORE, token) for token, label in zip(sample.ids, sample.labels, strict=True))
     spoken = [message["content"] for message in messages if message["role"] == "assistant"]
-    assert learned(tokenizer, sample) == [words + "<|im_end|>" for words in spoken]
+    assert learned(tokenizer.tokenizer, sample) == [words + "<|im_end|>" for words in spoken]
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "after"), [("llama3", "", "<|eot_id|>"), ("vicuna", " ", "<|im_end|>"), ("plain", "", "\n")]
+)
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_every_template_has_exactly_the_assistant_s_texts_learned(
+    name: str, template: str, before: str, after: str
+) -> None:
+    rendering = (TEMPLATES / f"{template}.jinja").read_text()
+    messages = CONVERSATIONS[name]
+    sample = Tokenizer(make_tokenizer(), rendering, IMAGE_TOKEN_ID, VISUAL_TOKENS).sample(messages)
+    spoken = [before + message["content"] + after for message in messages if message["role"] == "assistant"]
+    assert "".join(learned(make_tokenizer(), sample)) == "".join(spoken)
+
+
+def test_llama_3_and_vicuna_render_as_their_makers_wrote() -> None:
+    def rendered(template: str) -> str:
+        tokenizer = Tokenizer(make_tokenizer(), (TEMPLATES / template).read_text(), IMAGE_TOKEN_ID, 1)
+        return tokenizer.tokenizer.decode(tokenizer.sample(CONVERSATIONS["image"]).ids)
+
+    assert rendered("llama3.jinja") == (
+        "<|im_start|><|start_header_id|>user<|end_header_id|>\n\n<reserved_16>\nWhat is this?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA dog.<|eot_id|>"
+    )
+    assert rendered("vicuna.jinja") == (
+        "<|im_start|>A chat between a curious user and an artificial intelligence assistant. The assistant gives"
+        " helpful, detailed, and polite answers to the user's questions."
+        " USER: <reserved_16>\nWhat is this? ASSISTANT: A dog.<|im_end|>"
+    )
 
 
 def test_spaces_are_learned_where_the_tokenizer_trims_its_offsets() -> None:
@@ -67,10 +97,10 @@ def test_spaces_are_learned_where_the_tokenizer_trims_its_offsets() -> None:
     tokenizer = Tokenizer(trimming, (TEMPLATES / "chatml.jinja").read_text(), IMAGE_TOKEN_ID, VISUAL_TOKENS)
     said = "One,\n\n two  three. "
     sample = tokenizer.sample([{"role": "user", "content": " Count! "}, {"role": "assistant", "content": said}])
-    assert learned(tokenizer, sample) == [said + "<|im_end|>"]
+    assert learned(tokenizer.tokenizer, sample) == [said + "<|im_end|>"]
 
 
-def learned(tokenizer: Tokenizer, sample: Sample) -> list[str]:
+def learned(tokenizer: Any, sample: Sample) -> list[str]:
     """The text of each run of labels."""
     runs: list[list[int]] = [[]]
     for label in sample.labels:
@@ -78,7 +108,7 @@ def learned(tokenizer: Tokenizer, sample: Sample) -> list[str]:
             runs[-1].append(label)
         elif runs[-1]:
             runs.append([])
-    return [tokenizer.tokenizer.decode(run) for run in runs if run]
+    return [tokenizer.decode(run) for run in runs if run]
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -145,6 +175,19 @@ def test_nothing_to_learn_is_refused(tokenizer: Tokenizer) -> None:
     unmarked = Tokenizer(make_tokenizer(), "{% for m in messages %}{{ m['content'] }}{% endfor %}", IMAGE_TOKEN_ID, 5)
     with pytest.raises(ValueError, match="generation"):
         unmarked.sample(CONVERSATIONS["text only"])
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learned(tokenizer: Tokenizer) -> None:
+    messages: list[dict[str, Any]] = [dict(message) for message in CONVERSATIONS["several turns"]]
+    plain = tokenizer.sample(messages)
+    messages[1]["weight"] = 0
+    sample = tokenizer.sample(messages)
+    assert sample.ids == plain.ids
+    assert learned(tokenizer, sample) == learned(tokenizer, plain)[1:]
+    marks_all = (TEMPLATES / "chatml.jinja").read_text().replace(" and message['weight'] != 0", "")
+    careless = Tokenizer(make_tokenizer(), marks_all, IMAGE_TOKEN_ID, VISUAL_TOKENS)
+    with pytest.raises(ValueError, match="must not mark answers of weight 0"):
+        careless.sample(messages)
 
 
 def test_spelled_words_are_tokens_a_letter_and_leave_no_trace() -> None:

@@ -61,7 +61,7 @@ def test_every_row_is_llava_json_over_a_square_jpeg(drawn: dict[str, Path]) -> N
         for name in {row["image"] for row in rows[:60]}:
             with Image.open(folder / name) as image:
                 assert (image.format, image.size) == ("JPEG", (SIZE, SIZE))
-        for row, read in zip(rows, read_rows(folder / "scenes.json", []), strict=True):
+        for row, read in zip(rows, read_rows(folder / "scenes.json"), strict=True):
             question, answer = (turn["value"] for turn in row["conversations"])
             assert question.startswith("<image>\n")
             assert "{" not in question

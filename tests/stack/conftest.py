@@ -49,7 +49,7 @@ def free_ports(count: int) -> list[int]:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Every service for real, in float32 so that answers can be compared with transformers'."""
     var = tmp_path_factory.mktemp("stack")
-    gateway, ui, vision, llm = free_ports(4)
+    gateway, ui, vision, llm, trainer, redis = free_ports(6)
     environment = os.environ | {
         "BASALT_VAR": str(var),
         "BASALT_STORE": str(var / "objects"),
@@ -57,6 +57,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         "BASALT_UI_PORT": str(ui),
         "BASALT_VISION_PORT": str(vision),
         "BASALT_LLM_PORT": str(llm),
+        "BASALT_TRAINER_PORT": str(trainer),
+        "BASALT_REDIS_PORT": str(redis),
         "BASALT_LLM_DTYPE": "float32",
         "BASALT_VISION_DTYPE": "float32",
         "BASALT_GATEWAY_ALLOW_PRIVATE_HOSTS": "127.0.0.1",

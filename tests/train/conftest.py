@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw
 
 from basalt.assistants import TowerSpec
 from basalt.train.recipe import DataSource, LoRA, Recipe
+from basalt.train.stage1_align import train_stage1
+from basalt.train.stage2_instruct import train_stage2
 from tests.tiny_lm import IMAGE_TOKEN_ID, make_lm
 
 TOWER = TowerSpec(
@@ -72,3 +74,19 @@ def stage2(stage1: Recipe, data: Path) -> Recipe:
     chat = DataSource(rows=data / "chat.json")
     update = {"data": [*stage1.data, chat], "lora": LoRA(rank=4, alpha=8, learning_rate=2e-3), "steps": 10}
     return stage1.model_copy(update=update)
+
+
+@pytest.fixture(scope="session")
+def aligned(stage1: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished stage 1."""
+    run = tmp_path_factory.mktemp("runs") / "stage1"
+    train_stage1(stage1, run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def instructed(stage2: Recipe, aligned: Path) -> Path:
+    """A finished stage 2."""
+    run = aligned.parent / "stage2"
+    train_stage2(stage2.model_copy(update={"start": aligned}), run)
+    return run

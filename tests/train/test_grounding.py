@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from basalt.data.scenes import Box
 from basalt.train.grounding import GROUND, PLACE_SHARE, PLACES, Grounder, Photo, cell_contents
 from basalt.train.loop import Run
+from basalt.train.phase import never
 from basalt.train.recipe import Grounding, Recipe
 from basalt.train.stage1_align import train_stage1
 
@@ -100,7 +101,7 @@ def test_visual_tokens_come_to_point_to_what_they_show(grounded: Recipe, tmp_pat
 
     assert right() < 0.7
     assert grounded.grounding is not None
-    grounder.train(run.projector, run.standardizer, grounded.grounding, seed=0)
+    grounder.train(run, grounded.grounding, never)
     assert right() == 1.0
 
 

@@ -1,6 +1,7 @@
 """Every error a client can see, in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -61,8 +62,8 @@ def failed(service: str) -> APIError:
     return APIError(502, f"the {service} service failed on this request", type="server_error", code=f"{service}_failed")
 
 
-def install(app: FastAPI) -> None:
-    """Makes every error response of `app` one of the shape above."""
+def install(app: FastAPI, service: str) -> None:
+    """Makes every error response of `app`, the face of `service`, one of the shape above."""
 
     async def api_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, APIError)
@@ -75,10 +76,16 @@ def install(app: FastAPI) -> None:
         return JSONResponse(body, error.status_code, error.headers)
 
     async def unexpected(_: Request, __: Exception) -> JSONResponse:
-        return APIError(
-            500, "the gateway failed on this request", type="server_error", code="internal_error"
-        ).response()
+        message = f"the {service} failed on this request"
+        return APIError(500, message, type="server_error", code="internal_error").response()
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+        return bad_request(f"{param or 'the request'}: {first['msg']}", param or None).response()
 
     app.add_exception_handler(APIError, api_error)
+    app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, unexpected)

@@ -1,0 +1,128 @@
+"""`basalt jobs`: training jobs over the trainer's own HTTP API, with the `openai` client."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Training jobs: submit, watch, pause, resume, cancel.")
+
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="the job's id, ftjob-…")]
+
+
+@app.command()
+def create(
+    model: Annotated[str, typer.Option(help="what is trained: the name of one of the trainer's recipes")],
+    data: Annotated[Path, typer.Option(help="the rows to learn from", exists=True, dir_okay=False)],
+    images: Annotated[Path | None, typer.Option(help="a tar of the pictures they name", exists=True)] = None,
+    held_out: Annotated[Path | None, typer.Option(help="rows whose loss is measured", exists=True)] = None,
+    name: Annotated[str | None, typer.Option(help="the assistant's name")] = None,
+    stage: Annotated[str, typer.Option(help="two_stage, stage1 or stage2")] = "two_stage",
+    start: Annotated[str | None, typer.Option(help="for stage2: the stage 1 job to go on from")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe; may be given again")
+    ] = None,
+    watch: Annotated[bool, typer.Option(help="show its events until it ends")] = False,
+) -> None:
+    """Uploads the data and submits a job."""
+    wishes = {"hyperparameters": dict(_field(text) for text in set_ or [])}
+    with _client() as client:
+        files = {
+            argument: client.files.create(file=path, purpose="fine-tune").id
+            for argument, path in (("training_file", data), ("images_file", images), ("validation_file", held_out))
+            if path is not None
+        }
+        method = {"type": stage} | {each: wishes for each in ("stage1", "stage2") if stage in ("two_stage", each)}
+        extra: dict[str, Any] = {key: value for key, value in (("suffix", name), ("start", start)) if value is not None}
+        body = {"model": model, "method": method, **files, **extra}
+        job = client.post("/fine_tuning/jobs", body=body, cast_to=dict)
+        typer.echo(job["id"])
+        if watch:
+            _watch(client, job["id"])
+
+
+@app.command("list")
+def list_jobs() -> None:
+    """The newest jobs."""
+    with _client() as client:
+        for job in client.fine_tuning.jobs.list(limit=20).data:
+            typer.echo(f"{job.id}\t{job.status}\t{job.model}\t{job.fine_tuned_model or ''}")
+
+
+@app.command()
+def show(job: JobId) -> None:
+    """One job, as JSON."""
+    with _client() as client:
+        typer.echo(client.fine_tuning.jobs.retrieve(job).model_dump_json(indent=2))
+
+
+@app.command()
+def events(job: JobId) -> None:
+    """Its events, until it ends."""
+    with _client() as client:
+        _watch(client, job)
+
+
+@app.command()
+def pause(job: JobId) -> None:
+    """Stops it within a step, with a checkpoint."""
+    with _client() as client:
+        typer.echo(client.fine_tuning.jobs.pause(job).status)
+
+
+@app.command()
+def resume(job: JobId) -> None:
+    """Goes on from its checkpoint."""
+    with _client() as client:
+        typer.echo(client.fine_tuning.jobs.resume(job).status)
+
+
+@app.command()
+def cancel(job: JobId) -> None:
+    """Stops it for good."""
+    with _client() as client:
+        typer.echo(client.fine_tuning.jobs.cancel(job).status)
+
+
+@contextmanager
+def _client() -> Iterator[Any]:
+    """Of the trainer at $BASALT_TRAINER_URL; what it refuses is one line on stderr."""
+    import openai
+
+    url = os.environ.get("BASALT_TRAINER_URL", "http://127.0.0.1:8090")
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("BASALT_API_KEY", "none"))
+    try:
+        yield client
+    except openai.APIConnectionError:
+        typer.echo(f"basalt: no trainer answers at {url}: start it, or name it with BASALT_TRAINER_URL", err=True)
+        raise typer.Exit(1) from None
+    except openai.APIStatusError as error:
+        told = error.body.get("message") if isinstance(error.body, dict) else error.message
+        typer.echo(f"basalt: {told}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _watch(client: Any, job: str) -> None:
+    import httpx
+
+    url = f"{client.base_url}fine_tuning/jobs/{job}/events?stream=true"
+    with httpx.stream("GET", url, timeout=None, headers={"Authorization": f"Bearer {client.api_key}"}) as live:
+        for line in live.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                typer.echo(event["message"])
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """`steps=100` → its value as JSON reads it, or as it stands."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{text!r} is not FIELD=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

@@ -1,0 +1,81 @@
+"""Checkpoints of one stage of a run: files that name their own digest, written whole or not at all.
+
+`checkpoints/step-00000400.<sha256>.pt`: one rename puts state and digest in place together, so that whenever the
+process dies, what lies there under this name is whole, and what a failing disk or a broken copy made of it is told.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAME = re.compile(r"step-(\d{8})\.([0-9a-f]{64})\.pt")
+KEPT = 2  # the last ones; the best by held-out loss is kept besides
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is needed and there is no whole one."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    path: Path
+    step: int
+    digest: str  # hex of the file's sha256
+
+
+def saved(directory: Path) -> list[Saved]:
+    """The checkpoints of a stage's directory, the oldest first."""
+    found = []
+    for path in (directory / "checkpoints").glob("step-*.pt"):
+        if match := NAME.fullmatch(path.name):
+            found.append(Saved(path, int(match[1]), match[2]))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def save(directory: Path, step: int, state: dict[str, Any]) -> Saved:
+    """Writes `state` after `step` steps and removes older checkpoints but the last `KEPT` and the best."""
+    folder = directory / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "unfinished"
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    digest = file_digest(partial)
+    path = folder / f"step-{step:08d}.{digest}.pt"
+    partial.replace(path)
+    return Saved(path, step, digest)
+
+
+def prune(directory: Path, best_step: int | None) -> None:
+    """Removes all checkpoints but the last `KEPT` and the best one."""
+    for checkpoint in saved(directory)[:-KEPT]:
+        if checkpoint.step != best_step:
+            checkpoint.path.unlink(missing_ok=True)
+
+
+def load_last(directory: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The state of the last whole checkpoint, or None where none was written yet.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    checkpoints = saved(directory)
+    for checkpoint in reversed(checkpoints):
+        if file_digest(checkpoint.path) == checkpoint.digest:
+            return torch.load(checkpoint.path, weights_only=True)
+        say(f"{checkpoint.path} is damaged: its contents are not of the digest in its name; trying the one before")
+    if checkpoints:
+        raise CheckpointError(f"every checkpoint in {directory / 'checkpoints'} is damaged: remove them to start again")
+    return None
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

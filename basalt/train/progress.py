@@ -1,0 +1,125 @@
+"""What a phase tells as it goes: lines of JSON in `log.jsonl`, curves for TensorBoard, a bar in a terminal."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from basalt.train import parallel
+
+EVERY = 20  # steps
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What one step adds to the figures. Numerators may be tensors, so that no step waits for the device."""
+
+    means: Mapping[str, tuple[Tensor | float, float]]  # name → (sum, over how many)
+    tokens: int  # that were run through the model, padding left out
+
+
+class Telling:
+    """A phase's own log, continued where a resumed run goes on: what came after that step is told again.
+
+    Args:
+        leading: whether this process is the one that writes; of several that train together the first does.
+    """
+
+    def __init__(self, directory: Path, name: str, first: int, steps: int, *, leading: bool) -> None:
+        self.name, self.path, self.steps, self.leading = name, directory / LOG, steps, leading
+        self._sums: dict[str, tuple[Tensor | float, float]] = {}
+        self._tokens, self._steps, self._began = 0, 0, time.monotonic()
+        if not leading:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_log(directory) if line["step"] <= first]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._curves = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1)
+        columns = (
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[told]}"),
+        )
+        self._bar = Progress(*columns, disable=not sys.stderr.isatty())
+        self._task = self._bar.add_task(name, total=steps, completed=first, told="")
+
+    def __enter__(self) -> "Telling":
+        if self.leading:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.leading:
+            self._bar.stop()
+            self._curves.close()
+
+    def add(self, tally: Tally) -> None:
+        for name, (total, count) in tally.means.items():
+            before, seen = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = before + total, seen + count
+        self._tokens += tally.tokens
+        self._steps += 1
+        if self.leading:
+            self._bar.advance(self._task)
+
+    def tell(self, step: int, samples: Sequence[dict[str, str]] = (), **figures: float) -> None:
+        """Writes the means since the last time, of all processes, `figures`, and sampled answers; begins anew."""
+        sums = parallel.added_up([float(total) for total, _ in self._sums.values()])
+        *counts, tokens = parallel.added_up([*(count for _, count in self._sums.values()), self._tokens])
+        if not self.leading:
+            return
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        line: dict[str, Any] = {"step": step, "steps": self.steps, "tokens": round(tokens)}
+        line |= {name: total / max(count, 1) for name, total, count in zip(self._sums, sums, counts, strict=True)}
+        line |= {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / max(self._steps, 1)}
+        line |= {"memory_gib": memory_gib(), **figures}
+        line = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in line.items()}
+        for number, sample in enumerate(samples):
+            text = f"{sample['question']}\n\n**{sample['answer']}**\n\n({sample['expected']})"
+            self._curves.add_text(f"sample {number}", text, step)
+        line |= {"samples": list(samples)} if samples else {}
+        with self.path.open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if name not in ("step", "steps", "samples"):
+                self._curves.add_scalar(name, value, step)
+        self._bar.update(self._task, told=f"loss {line.get('loss', 0):.3f}")
+        if self._bar.disable:
+            print(f"{self.name}: {json.dumps(line)}", flush=True)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets what was added: time that was not spent on steps is not to be counted."""
+        self._sums, self._tokens, self._steps, self._began = {}, 0, 0, time.monotonic()
+
+
+def read_log(directory: Path) -> list[dict[str, Any]]:
+    """The lines of a phase's log; one that a killed process left unfinished is left out."""
+    if not (directory / LOG).is_file():
+        return []
+    lines = []
+    for line in (directory / LOG).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def memory_gib() -> float:
+    """The most this process has held, on the GPU where it trains on one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,79 @@
+"""The trainer's HTTP face: OpenAI's files and fine-tuning jobs. `python -m services.trainer`"""
+
+import asyncio
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import uvicorn
+from fastapi import Depends, FastAPI, Request, Response
+from pydantic import ValidationError
+
+from basalt import api_errors
+from basalt.api_errors import bad_request
+from basalt.auth import Guard
+from basalt.record.database import open_database
+from basalt.record.files import NoSuchFile
+from basalt.record.jobs import NoSuchJob, NotPossible
+from services.trainer import files, fine_tuning
+from services.trainer.dispatch import Dispatcher
+from services.trainer.settings import Settings
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application.
+
+    Raises:
+        ValueError: the settings name no database or no object store.
+    """
+    sessions, store = open_database(settings.database), settings.open_store()
+    dispatcher = Dispatcher(settings, sessions)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        reconciling = asyncio.create_task(dispatcher.reconcile())
+        yield
+        reconciling.cancel()
+        with suppress(asyncio.CancelledError):
+            await reconciling
+
+    app = FastAPI(title="Basalt trainer", summary="OpenAI's files and fine-tuning jobs", lifespan=lifespan)
+    api_errors.install(app, "trainer")
+    told = ((NoSuchFile, 404, "not_found"), (NoSuchJob, 404, "not_found"), (NotPossible, 409, "conflict"))
+    for kind, status, code in told:
+        app.add_exception_handler(kind, _told(status, code))
+    guard = Guard(sessions, "train", host=settings.host, required=settings.require_key)
+    for router in (files.router(settings, sessions, store), fine_tuning.router(settings, sessions, dispatcher)):
+        app.include_router(router, dependencies=[Depends(guard)])
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        """This process is alive."""
+        return {"status": "ok"}
+
+    return app
+
+
+def _told(status: int, code: str) -> Callable[[Request, Exception], Response]:
+    """A handler that tells an error's own message."""
+    return lambda _, error: bad_request(str(error), code=code, status=status).response()
+
+
+def main() -> None:
+    """Exit code 2: could not start."""
+    logging.basicConfig(level=logging.WARNING, format="basalt trainer: %(message)s", stream=sys.stderr)
+    try:
+        settings = Settings()
+        app = create_app(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        sys.exit(_refuse(f"setting {'.'.join(map(str, problem['loc']))}: {problem['msg']}"))
+    except ValueError as error:
+        sys.exit(_refuse(str(error)))
+    uvicorn.run(app, host=settings.host, port=settings.port, log_level="warning", access_log=False)
+
+
+def _refuse(line: str) -> int:
+    print(f"basalt trainer: {line}", file=sys.stderr, flush=True)
+    return 2

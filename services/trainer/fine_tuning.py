@@ -1,0 +1,140 @@
+"""`/v1/fine_tuning/jobs`: create, list, retrieve, cancel, pause, resume, events (as a list or live), checkpoints."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from kombu.exceptions import OperationalError
+from sqlalchemy import select
+
+from basalt.record import jobs
+from basalt.record.database import Sessions
+from basalt.record.files import get_file
+from basalt.record.jobs import Checkpoint, Event, Job
+from services.trainer.dispatch import KIND, Dispatcher
+from services.trainer.resolve import find_in, plan
+from services.trainer.schema import JobRequest, checkpoint_object, event_object, job_object, page
+from services.trainer.settings import Settings
+
+POLL_SECONDS = 0.5
+
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+def router(settings: Settings, sessions: Sessions, dispatcher: Dispatcher) -> APIRouter:
+    routes = APIRouter(prefix="/v1/fine_tuning/jobs")
+
+    @routes.post("")
+    def create(request: JobRequest) -> dict[str, Any]:
+        with sessions.begin() as session:
+
+            def there(name: str) -> Path:
+                """Whether a file is there is asked now, its contents later."""
+                if name.startswith("file-"):
+                    return Path(get_file(session, name).filename)
+                return find_in(settings.data_root, name)
+
+            start = None
+            if request.start is not None:
+                if jobs.last_checkpoint(session, request.start, "stage1") is None:
+                    raise jobs.NotPossible(f"job {request.start} has no checkpoint of stage 1 to go on from")
+                start = Path(request.start)
+            recipes, features = settings.recipes, settings.features
+            plan(request, job_id="", recipes=recipes, features=features, find=there, start=start)
+            job = jobs.create(session, KIND, request.model_dump(mode="json"))
+            made = job_object(jobs.get(session, job.id))
+        with suppress(OperationalError, OSError):  # it is accepted, and is sent when Redis is back
+            dispatcher.send(job.id)
+        return made
+
+    @routes.get("")
+    def list_all(request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
+        wanted = {name[9:-1]: value for name, value in request.query_params.items() if name.startswith("metadata[")}
+        with sessions() as session:
+            query = select(Job).where(Job.kind == KIND).order_by(Job.created_at.desc(), Job.id.desc())
+            if after is not None:
+                query = query.where(Job.created_at < jobs.get(session, after).created_at)
+            for name, value in wanted.items():
+                query = query.where(Job.request["metadata"][name].as_string() == value)
+            found = [job_object(job) for job in session.scalars(query.limit(limit + 1))]
+        return page(found, limit)
+
+    @routes.get("/{job_id}")
+    def retrieve(job_id: str) -> dict[str, Any]:
+        with sessions() as session:
+            return job_object(jobs.get(session, job_id))
+
+    def asked(job_id: str, wanted: Literal["run", "pause", "cancel"]) -> dict[str, Any]:
+        with sessions.begin() as session:
+            jobs.ask(session, job_id, wanted)
+            return job_object(jobs.get(session, job_id))
+
+    @routes.post("/{job_id}/cancel")
+    def cancel(job_id: str) -> dict[str, Any]:
+        return asked(job_id, "cancel")
+
+    @routes.post("/{job_id}/pause")
+    def pause(job_id: str) -> dict[str, Any]:
+        return asked(job_id, "pause")
+
+    @routes.post("/{job_id}/resume")
+    def resume(job_id: str) -> dict[str, Any]:
+        return asked(job_id, "run")
+
+    @routes.get("/{job_id}/events", response_model=None)
+    async def events(
+        job_id: str, after: str | None = None, limit: Limit = 20, stream: bool = False
+    ) -> Response | dict[str, Any]:
+        """The newest first, as OpenAI's; with `stream` all of them in order as they come, as server-sent events."""
+        if stream:
+            await asyncio.to_thread(retrieve, job_id)
+            return StreamingResponse(_live(sessions, job_id, _number(after) or 0), media_type="text/event-stream")
+        return await asyncio.to_thread(_listed, job_id, Event, event_object, after, limit)
+
+    @routes.get("/{job_id}/checkpoints")
+    def checkpoints(job_id: str, after: str | None = None, limit: Limit = 10) -> dict[str, Any]:
+        return _listed(job_id, Checkpoint, checkpoint_object, after, limit)
+
+    def _listed(job_id: str, table: Any, shown: Any, after: str | None, limit: int) -> dict[str, Any]:
+        with sessions() as session:
+            jobs.get(session, job_id)
+            query = select(table).where(table.job_id == job_id).order_by(table.number.desc())
+            if (number := _number(after)) is not None:
+                query = query.where(table.number < number)
+            return page([shown(item) for item in session.scalars(query.limit(limit + 1))], limit)
+
+    return routes
+
+
+async def _live(sessions: Sessions, job_id: str, number: int) -> AsyncIterator[str]:
+    """Events from the one after `number` until the job has ended."""
+
+    def new() -> tuple[list[Event], bool]:
+        with sessions() as session:
+            ended = jobs.get(session, job_id).status in jobs.ENDED
+            return jobs.events_after(session, job_id, number, 100), ended
+
+    while True:
+        found, ended = await asyncio.to_thread(new)
+        for event in found:
+            number = event.number
+            yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(event_object(event))}\n\n"
+        if ended and not found:
+            yield "event: done\ndata: [DONE]\n\n"
+            return
+        if not found:
+            yield ": \n\n"  # so that a client that has gone is noticed
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def _number(after: str | None) -> int | None:
+    """`ftevent-12` → 12; of anything else nothing comes after."""
+    if after is None:
+        return None
+    tail = after.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else 0

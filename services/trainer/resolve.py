@@ -1,0 +1,121 @@
+"""From what a client asked for to the plan of the job: the named recipe, with the client's data and wishes.
+
+Asked twice: when a job is submitted, so that what cannot be is refused at once, and by the worker, with the
+uploaded files where they lie on its machine.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from basalt.api_errors import bad_request
+from basalt.train.plan import Plan, Stage
+from basalt.train.recipe import Recipe
+from services.trainer.schema import DataSpec, Hyperparameters, JobRequest, StageSpec
+
+# Of a recipe, not a client's to say: they are the server's files, or follow from the job.
+OWN = {"base_lm", "tower", "image_token_id", "projector_hidden", "features", "data", "held_out", "start"}
+OPENAI = ("n_epochs", "batch_size", "learning_rate_multiplier")
+
+
+def plan(
+    request: JobRequest, *, job_id: str, recipes: Path, features: Path, find: Callable[[str], Path], start: Path | None
+) -> Plan:
+    """The plan of a job.
+
+    Args:
+        find: the path of an uploaded file, by its id, or of one under the data root.
+        start: the run of stage 1 that a job of stage 2 alone goes on from; with both stages it is this job's own.
+
+    Raises:
+        APIError: (400) what cannot be, and what could.
+    """
+    known = sorted(path.parent.name for path in recipes.glob("*/stage2.yaml"))
+    if request.model not in known:
+        raise bad_request(
+            f"'model' is what is trained: one of {', '.join(known)}; {request.model!r} is not",
+            "model",
+            "model_not_found",
+        )
+    stages = []
+    for name, spec in request.method.stages():
+        recipe = yaml.safe_load((recipes / request.model / f"{name}.yaml").read_text())
+        recipe |= {"features": str(features), "data": _data(request, name, spec, find), "held_out": None}
+        recipe.pop("grounding", None) if not any(source.get("boxes") for source in recipe["data"]) else None
+        if request.validation_file is not None:
+            recipe["held_out"] = _source(DataSpec(rows=request.validation_file, images=request.images_file), find)
+        recipe |= _wishes(request, name, spec.hyperparameters, recipe)
+        recipe["start"] = None if start is None else str(start)
+        try:
+            stages.append(Stage(name=name, recipe=Recipe.model_validate(recipe)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise bad_request(f"method.{name}: {field}: {first['msg']}", f"method.{name}.hyperparameters") from None
+    lineage = {"job": job_id, "recipe": request.model, "request": request.model_dump(mode="json")}
+    return Plan(name=request.suffix or job_id, stages=stages, lineage=lineage)
+
+
+def _data(request: JobRequest, name: str, spec: StageSpec, find: Callable[[str], Path]) -> list[dict[str, Any]]:
+    named = [] if request.training_file is None else [DataSpec(rows=request.training_file, images=request.images_file)]
+    if not named and not spec.data:
+        raise bad_request(
+            f"{name} has nothing to learn from: give a 'training_file', or 'data' in its method", "training_file"
+        )
+    return [_source(source, find) for source in [*named, *spec.data]]
+
+
+def _source(spec: DataSpec, find: Callable[[str], Path]) -> dict[str, Any]:
+    paths = {
+        name: str(find(value)) for name in ("rows", "images", "boxes") if (value := getattr(spec, name)) is not None
+    }
+    return {**paths, "weight": spec.weight} | ({"prompts": spec.prompts} if spec.prompts else {})
+
+
+def _wishes(request: JobRequest, name: str, asked: Hyperparameters, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the recipe that the client changes."""
+    extra = asked.model_extra or {}
+    if refused := sorted(OWN & extra.keys()):
+        raise bad_request(
+            f"'{refused[0]}' is not a hyper-parameter: it is the recipe's or follows from the job",
+            f"method.{name}.hyperparameters.{refused[0]}",
+        )
+    wishes = dict(extra)
+    older = request.hyperparameters or Hyperparameters()
+    epochs, batch, rate = (getattr(older if getattr(asked, field) == "auto" else asked, field) for field in OPENAI)
+    if request.seed is not None:
+        wishes["seed"] = request.seed
+    if "steps" not in extra:
+        wishes |= {"steps": None, "epochs": 1.0 if epochs == "auto" else epochs}
+    if batch != "auto":
+        rows = min(recipe["rows_per_pass"], batch)
+        wishes |= {"rows_per_pass": rows, "passes_per_step": max(round(batch / rows), 1)}
+    if rate != "auto":
+        wishes["projector_learning_rate"] = (
+            wishes.get("projector_learning_rate", recipe["projector_learning_rate"]) * rate
+        )
+        if recipe.get("lora"):
+            lora = recipe["lora"] | wishes.get("lora", {})
+            wishes["lora"] = lora | {"learning_rate": lora.get("learning_rate", 2e-4) * rate}
+    if "lora" in wishes and recipe.get("lora"):
+        wishes["lora"] = recipe["lora"] | wishes["lora"]
+    return wishes
+
+
+def find_in(root: Path | None, name: str) -> Path:
+    """A file or folder under the data root.
+
+    Raises:
+        APIError: (400) there is no such file, or no data root.
+    """
+    if root is None:
+        raise bad_request(f"{name!r} is not the id of a file: upload it to /v1/files and give its id (file-…)")
+    path = (root / name).resolve()
+    if not path.is_relative_to(root.resolve()) or not path.exists():
+        raise bad_request(
+            f"there is no {name!r} under the trainer's data root, and it is not the id of a file (file-…)"
+        )
+    return path

@@ -1,0 +1,72 @@
+"""What a training process left in its directory: figures, logs, and the assistant it made."""
+
+import csv
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from basalt.object_store import ObjectStore
+from basalt.train.plan import PLAN, Plan
+
+COLUMNS = ["phase", "step", "loss", "held_out_loss", "learning_rate", "tokens_per_second"]
+
+
+def lines(directory: Path, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(phase, figures) of all phases in the order they are run."""
+    for stage in plan.stages:
+        for phase, folder in (
+            ("grounding", directory / stage.name / "grounding"),
+            (stage.name, directory / stage.name),
+        ):
+            path = folder / "log.jsonl"
+            for text in path.read_text().splitlines() if path.is_file() else []:
+                try:
+                    yield phase, json.loads(text)
+                except json.JSONDecodeError:
+                    break  # being written
+
+
+def estimated_finish(phase: str, line: dict[str, Any], plan: Plan) -> int | None:
+    """When the last stage will be done if its steps go on taking as long; None before it has begun."""
+    if phase != plan.stages[-1].name or "seconds_per_step" not in line:
+        return None
+    return int(time.time() + (line["steps"] - line["step"]) * line["seconds_per_step"])
+
+
+def metrics_at(stage: Path, step: int) -> dict[str, Any]:
+    """OpenAI's names for the figures of a checkpoint."""
+    path = stage / "log.jsonl"
+    found: dict[str, Any] = {}
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        line = json.loads(text)
+        if line["step"] <= step:
+            found = line
+    named = {"train_loss": found.get("loss"), "full_valid_loss": found.get("held_out_loss")}
+    return {"step": step} | {name: value for name, value in named.items() if value is not None}
+
+
+def trained_tokens(directory: Path, plan: Plan) -> int:
+    return sum(int(line.get("tokens", 0)) for _, line in lines(directory, plan))
+
+
+def files(directory: Path, log: str) -> Iterator[tuple[str, bytes]]:
+    """The figures as CSV, and the log of the process."""
+    plan = Plan.model_validate_json((directory / PLAN).read_text())
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    for phase, line in lines(directory, plan):
+        writer.writerow({"phase": phase, **line})
+    yield "step_metrics.csv", table.getvalue().encode()
+    yield log, (directory / log).read_bytes()
+
+
+async def keep(store: ObjectStore, data: bytes) -> str:
+    """Puts a file's bytes where `basalt.record.files.File.key` looks for them; returns their digest."""
+    digest = hashlib.sha256(data).hexdigest()
+    await store.put(f"files/sha256/{digest}", data)
+    return f"sha256:{digest}"

@@ -1,0 +1,83 @@
+"""API keys, from the command line to a request."""
+
+from pathlib import Path
+
+import pytest
+from fastapi import Depends, FastAPI
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner
+
+from basalt import api_errors
+from basalt.auth import Guard, is_loopback
+from basalt.cli import app
+from basalt.record.database import open_database
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    url = f"sqlite:///{tmp_path}/basalt.db"
+    monkeypatch.setenv("BASALT_DATABASE", url)
+    return url
+
+
+def service(database: str, scope: str, *, host: str = "0.0.0.0", required: bool = False) -> TestClient:
+    guarded = FastAPI()
+    api_errors.install(guarded, "test")
+    guard = Guard(open_database(database), scope, host=host, required=required)
+
+    @guarded.get("/")
+    async def root(key: str = Depends(guard)) -> dict[str, str]:
+        return {"key": key}
+
+    return TestClient(guarded)
+
+
+def make(*arguments: str) -> tuple[str, str]:
+    made = CliRunner().invoke(app, ["keys", "create", *arguments])
+    assert made.exit_code == 0, made.output
+    key, secret = made.output.strip().split("\t")
+    return key, secret
+
+
+def bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
+
+
+def test_a_key_is_made_used_and_revoked(database: str) -> None:
+    key, secret = make("ada")
+    client = service(database, "train")
+    assert client.get("/", headers=bearer(secret)).json() == {"key": key}
+    assert secret.encode() not in Path(database.removeprefix("sqlite:///")).read_bytes()
+    assert f"{key}\tada\tchat,train,evaluate\tvalid" in CliRunner().invoke(app, ["keys", "list"]).output
+    assert CliRunner().invoke(app, ["keys", "revoke", key]).exit_code == 0
+    refused = client.get("/", headers=bearer(secret))
+    assert refused.status_code == 401
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert f"{key}\tada\tchat,train,evaluate\trevoked" in CliRunner().invoke(app, ["keys", "list"]).output
+
+
+def test_a_key_may_do_what_its_scopes_say(database: str) -> None:
+    _, secret = make("ada", "--scope", "chat")
+    assert service(database, "chat").get("/", headers=bearer(secret)).status_code == 200
+    refused = service(database, "train").get("/", headers=bearer(secret))
+    assert refused.status_code == 403
+    assert "may not train: its scopes are chat" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Basic YTpi"}, bearer(""), bearer("bsk-unknown")])
+def test_without_a_key_only_loopback_answers(database: str, headers: dict[str, str]) -> None:
+    assert service(database, "chat").get("/", headers=headers).status_code == 401
+    assert service(database, "chat", host="127.0.0.1", required=True).get("/", headers=headers).status_code == 401
+    assert service(database, "chat", host="127.0.0.1").get("/", headers=headers).json() == {"key": ""}
+
+
+def test_what_is_loopback() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "127.8.9.1", "::1", "localhost")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "basalt.example")))
+
+
+def test_what_is_wrong_on_the_command_line_is_told(database: str) -> None:
+    assert "unknown scope 'fly'" in CliRunner().invoke(app, ["keys", "create", "ada", "--scope", "fly"]).output
+    gone = CliRunner().invoke(app, ["keys", "revoke", "key-1"])
+    assert gone.exit_code == 1
+    assert "there is no key 'key-1'" in gone.output

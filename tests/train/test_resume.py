@@ -1,0 +1,101 @@
+"""Runs that are killed, stopped and damaged, and end as if nothing had been."""
+
+import itertools
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from basalt.train import checkpoints
+from basalt.train.loop import learned
+from basalt.train.phase import Stopped
+from basalt.train.progress import read_log
+from basalt.train.recipe import Grounding, Recipe
+from basalt.train.stage1_align import train_stage1
+from basalt.train.stage2_instruct import train_stage2
+from tests.train.runs import masters, same
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def grounded(stage1: Recipe, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A short stage 1 that begins with grounding and writes a checkpoint each step."""
+    boxes = tmp_path_factory.mktemp("boxes") / "boxes.json"
+    boxes.write_text('{"red-ellipse.png": [["r", 0.0, 0.0, 0.5, 1.0]]}')
+    source = stage1.data[0].model_copy(update={"boxes": boxes})
+    update = {"data": [source], "grounding": Grounding(steps=5), "steps": 12, "checkpoint_every": 1, "held_out": None}
+    return stage1.model_copy(update=update)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
+    grounded: Recipe, stage2: Recipe, tmp_path: Path
+) -> None:
+    train_stage1(grounded, tmp_path / "aligned")
+    tuned = stage2.model_copy(update={"start": tmp_path / "aligned", "steps": 12, "checkpoint_every": 1})
+    fork = multiprocessing.get_context("forkserver")  # each run a process of its own, without importing torch again
+    fork.set_forkserver_preload(["basalt.train.stage1_align", "basalt.train.stage2_instruct"])
+    rng = random.Random(1)
+    for train, recipe in ((train_stage1, grounded), (train_stage2, tuned)):
+        whole = tmp_path / f"{train.__name__}-whole"
+        began = time.monotonic()
+        process = fork.Process(target=train, args=(recipe, whole))
+        process.start()
+        process.join()
+        seconds = time.monotonic() - began
+        kills = 0
+        while kills < KILLS // 2:
+            directory = tmp_path / f"{train.__name__}-{kills}"
+            for patience in (rng.uniform(0.1, 1) * seconds, rng.uniform(0.1, 1) * seconds, None):
+                process = fork.Process(target=train, args=(recipe, directory))
+                process.start()
+                process.join(patience)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+                    kills += 1
+            assert process.exitcode == 0
+            assert same(masters(directory), masters(whole))
+
+
+def test_a_run_asked_to_stop_does_so_at_once_and_goes_on(grounded: Recipe, tmp_path: Path) -> None:
+    train_stage1(grounded, tmp_path / "whole")
+    asked = itertools.chain([False, False, True], [False, False, False, True])  # in grounding, then two steps after it
+    for phase in ("grounding", "."):
+        with pytest.raises(Stopped, match="stopped at step"):
+            train_stage1(grounded, tmp_path / "stopped", lambda: next(asked))
+        assert checkpoints.saved(tmp_path / "stopped" / phase)
+    assert learned(tmp_path / "stopped")["step"] < grounded.steps
+    train_stage1(grounded, tmp_path / "stopped")
+    assert same(masters(tmp_path / "stopped"), masters(tmp_path / "whole"))
+    steps = [line["step"] for line in read_log(tmp_path / "stopped")]
+    assert steps == sorted(set(steps))
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
+    grounded: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_stage1(grounded, tmp_path / "run")
+    before, last = checkpoints.saved(tmp_path / "run")
+    last.path.write_bytes(last.path.read_bytes()[:-1])
+    assert learned(tmp_path / "run")["step"] == before.step == grounded.steps - 1
+    assert "is damaged" in capsys.readouterr().out
+    before.path.write_bytes(b"")
+    with pytest.raises(checkpoints.CheckpointError, match="every checkpoint"):
+        train_stage1(grounded, tmp_path / "run")
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        checkpoints.save(tmp_path, step, {"step": step, "value": torch.tensor(step)})
+        checkpoints.prune(tmp_path, best_step=2)
+    assert [checkpoint.step for checkpoint in checkpoints.saved(tmp_path)] == [2, 5, 6]
+    (tmp_path / "checkpoints" / "unfinished").write_bytes(b"half")
+    state = checkpoints.load_last(tmp_path, print)
+    assert state is not None
+    assert state["value"] == 6

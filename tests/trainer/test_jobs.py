@@ -1,0 +1,195 @@
+"""Jobs as their users submit and watch them, and what becomes of them when things die."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from typer.testing import CliRunner
+
+from basalt.assistants import load_assistant
+from basalt.cli import app
+from basalt.model.assistant import LocalAssistant
+from tests.trainer.conftest import Trainer, wait
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+def submit(trainer: Trainer, rows: bytes, images: bytes, **hyperparameters: object) -> str:
+    client = trainer.client()
+    training = client.files.create(file=("rows.json", rows), purpose="fine-tune")
+    pictures = client.files.create(file=("images.tar", images), purpose="fine-tune")
+    stage = {"hyperparameters": hyperparameters}
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=training.id,
+        suffix="shapes",
+        method={"type": "two_stage", "stage1": stage, "stage2": stage},  # type: ignore[arg-type]
+        extra_body={"images_file": pictures.id},
+    )
+    assert job.status == "queued"
+    return job.id
+
+
+def until(trainer: Trainer, job_id: str, *statuses: str, seconds: float = 200) -> object:
+    client = trainer.client()
+    deadline = time.monotonic() + seconds
+    while (job := client.fine_tuning.jobs.retrieve(job_id)).status not in statuses:
+        assert time.monotonic() < deadline and job.status not in ("failed", "cancelled"), (job, trainer.log())
+        time.sleep(0.2)
+    return job
+
+
+def test_a_job_trains_both_stages_and_publishes(
+    trainer: Trainer, rows: bytes, images: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = trainer.client()
+    job_id = submit(trainer, rows, images, steps=20)
+    with httpx.stream("GET", f"{trainer.url}/v1/fine_tuning/jobs/{job_id}/events?stream=true", timeout=200) as live:
+        told = [json.loads(line[6:]) for line in live.iter_lines() if line.startswith("data: {")]
+    job = client.fine_tuning.jobs.retrieve(job_id)
+    assert job.status == "succeeded", trainer.log()
+    assert job.fine_tuned_model is not None and job.fine_tuned_model.startswith("shapes@")
+    monkeypatch.setenv("BASALT_STORE", trainer.environment["BASALT_STORE"])
+    pulled = CliRunner().invoke(app, ["models", "pull", job.fine_tuned_model, "--models", str(tmp_path)])
+    assert pulled.exit_code == 0, pulled.output
+    local = LocalAssistant(load_assistant(tmp_path / "shapes"), trainer.directory / "tiny-lm")
+    assert local.answer([([{"role": "user", "content": "Hello!"}], [])], max_new_tokens=2)
+    assert job.trained_tokens and job.finished_at
+    measured = [event["data"] for event in told if event["type"] == "metrics"]
+    assert [(each["phase"], each["step"]) for each in measured][-1] == ("stage2", 20)
+    assert measured[-1]["train_loss"] < measured[0]["train_loss"]
+    listed = list(client.fine_tuning.jobs.list_events(job_id, limit=3))
+    assert [event.message for event in reversed(listed)] == [event["message"] for event in told]
+    checkpoints = list(client.fine_tuning.jobs.checkpoints.list(job_id))
+    assert {checkpoint.step_number for checkpoint in checkpoints} >= {20}
+    files = [client.files.retrieve(name) for name in job.result_files]
+    assert [file.filename for file in files] == ["step_metrics.csv", "training.log"]
+    assert client.files.content(files[0].id).text.startswith("phase,step,loss")
+
+
+def test_a_job_is_paused_and_resumed(trainer: Trainer, rows: bytes, images: bytes) -> None:
+    client = trainer.client()
+    job_id = submit(trainer, rows, images, steps=3000)
+    until(trainer, job_id, "running")
+    wait(lambda: list(client.fine_tuning.jobs.checkpoints.list(job_id)), 100)
+    client.fine_tuning.jobs.pause(job_id)
+    until(trainer, job_id, "paused", seconds=30)
+    assert not trainer.training()
+    step = max(each.step_number for each in client.fine_tuning.jobs.checkpoints.list(job_id))
+    client.fine_tuning.jobs.resume(job_id)
+    until(trainer, job_id, "running")
+    wait(lambda: max(each.step_number for each in client.fine_tuning.jobs.checkpoints.list(job_id)) > step, 100)
+    log = next((trainer.directory / "jobs" / job_id).glob("training.log")).read_text()
+    assert f"going on from step {step}" in log
+    client.fine_tuning.jobs.cancel(job_id)
+    until(trainer, job_id, "cancelled", seconds=30)
+    told = [event.data for event in client.fine_tuning.jobs.list_events(job_id, limit=100) if event.type == "metrics"]
+    steps = [(data["phase"], data["step"]) for data in told]  # type: ignore[index]
+    assert len(steps) == len(set(steps))  # each is told once
+    with pytest.raises(openai.ConflictError, match="has cancelled"):
+        client.fine_tuning.jobs.resume(job_id)
+
+
+def test_a_worker_s_death_is_noticed_and_the_job_goes_on(trainer: Trainer, rows: bytes, images: bytes) -> None:
+    client = trainer.client()
+    job_id = submit(trainer, rows, images, steps=3000)
+    wait(lambda: list(client.fine_tuning.jobs.checkpoints.list(job_id)), 150)
+    died = time.monotonic()
+    trainer.stop("worker", signal.SIGKILL)
+    wait(lambda: not trainer.training(), 20)  # nothing trains without its worker
+    trainer.stop("redis", signal.SIGKILL)  # and everything that was in it is gone
+    trainer.start("redis")
+    trainer.start("worker")
+    wait(lambda: trainer.training(), 60)
+    assert time.monotonic() - died < 60
+    assert len(trainer.training()) == 1
+    client.fine_tuning.jobs.cancel(job_id)
+    until(trainer, job_id, "cancelled", seconds=60)
+
+
+def test_a_stopped_worker_hands_its_job_on(trainer: Trainer, rows: bytes, images: bytes) -> None:
+    client = trainer.client()
+    job_id = submit(trainer, rows, images, steps=3000)
+    wait(lambda: list(client.fine_tuning.jobs.checkpoints.list(job_id)), 150)
+    trainer.stop("worker", signal.SIGTERM)
+    assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
+    trainer.start("worker")
+    until(trainer, job_id, "running", seconds=60)
+    client.fine_tuning.jobs.cancel(job_id)
+    until(trainer, job_id, "cancelled", seconds=60)
+
+
+def test_the_object_store_and_redis_may_be_gone_for_a_while(trainer: Trainer, rows: bytes, images: bytes) -> None:
+    client = trainer.client()
+    job_id = submit(trainer, rows, images, steps=3000)
+    kept = lambda: list(client.fine_tuning.jobs.checkpoints.list(job_id))  # noqa: E731
+    wait(kept, 150)
+    store = trainer.directory / "objects"
+    store.rename(store.with_name("away"))
+    store.write_bytes(b"")  # no directory: nothing can be written
+    trainer.stop("redis", signal.SIGKILL)
+    time.sleep(10)
+    before = max(each.step_number for each in kept())
+    [process] = trainer.training()
+    store.unlink()
+    store.with_name("away").rename(store)
+    trainer.start("redis")
+    wait(lambda: max(each.step_number for each in kept()) > before, 60)
+    assert trainer.training() == [process]  # it went on all the while
+    client.fine_tuning.jobs.cancel(job_id)
+    until(trainer, job_id, "cancelled", seconds=60)
+
+
+def test_what_cannot_be_is_refused_at_once(trainer: Trainer, rows: bytes) -> None:
+    client = trainer.client()
+    with pytest.raises(openai.BadRequestError, match="one of tiny"):
+        client.fine_tuning.jobs.create(model="gpt-4o", training_file="file-1")
+    with pytest.raises(openai.NotFoundError, match="upload it to /v1/files first"):
+        client.fine_tuning.jobs.create(model="tiny", training_file="file-1")
+    training = client.files.create(file=("rows.json", rows), purpose="fine-tune")
+    with pytest.raises(openai.BadRequestError, match="learning_rate: Input should be greater than 0"):
+        client.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=training.id,
+            method={"type": "two_stage", "stage1": {"hyperparameters": {"projector_learning_rate": -1}}},  # type: ignore
+        )
+    with pytest.raises(openai.BadRequestError, match="base_lm' is not a hyper-parameter"):
+        client.fine_tuning.jobs.create(
+            model="tiny",
+            training_file=training.id,
+            method={"type": "two_stage", "stage1": {"hyperparameters": {"base_lm": "/"}}},  # type: ignore
+        )
+    with pytest.raises(openai.NotFoundError):
+        client.fine_tuning.jobs.retrieve("ftjob-1")
+
+
+def test_data_that_is_not_what_it_says_fails_with_the_reason(trainer: Trainer, images: bytes) -> None:
+    job_id = submit(trainer, b'{"not": "a list"}', images)
+    client = trainer.client()
+    wait(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "failed", 120)
+    error = client.fine_tuning.jobs.retrieve(job_id).error
+    assert error is not None and "expected a list of rows" in error.message
+
+
+def test_the_command_line_submits_and_watches(
+    trainer: Trainer, rows: bytes, images: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.json").write_bytes(rows)
+    (tmp_path / "images.tar").write_bytes(images)
+    monkeypatch.setenv("BASALT_TRAINER_URL", trainer.url)
+    arguments = ["--model", "tiny", "--data", str(tmp_path / "rows.json"), "--images", str(tmp_path / "images.tar")]
+    done = CliRunner().invoke(app, ["jobs", "create", *arguments, "--stage", "stage1", "--set", "steps=5", "--watch"])
+    assert done.exit_code == 0, done.output
+    job_id, *told = done.output.splitlines()
+    assert told[0] == "Created"
+    assert told[-1].startswith(f"Published {job_id}@")
+    assert f"{job_id}\tsucceeded\ttiny" in CliRunner().invoke(app, ["jobs", "list"]).output
+    refused = CliRunner().invoke(app, ["jobs", "resume", job_id])
+    assert refused.exit_code == 1
+    assert "has succeeded: it can no longer be changed" in refused.output
+    monkeypatch.setenv("BASALT_TRAINER_URL", "http://127.0.0.1:9")
+    assert "no trainer answers at http://127.0.0.1:9" in CliRunner().invoke(app, ["jobs", "list"]).output
