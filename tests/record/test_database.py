@@ -8,6 +8,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
+import basalt.record.answers
 import basalt.record.api_keys
 import basalt.record.files
 import basalt.record.jobs  # noqa: F401 (their tables)
