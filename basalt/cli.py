@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from basalt.eval.commands import app as evaluation
 from basalt.jobs import app as jobs
 from basalt.keys import app as keys
 
@@ -20,6 +21,7 @@ evaluate = typer.Typer(no_args_is_help=True, help="Score answers to benchmarks."
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 app.add_typer(models, name="models")
+evaluate.add_typer(evaluation)
 app.add_typer(evaluate, name="eval")
 app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")

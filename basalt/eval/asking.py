@@ -78,6 +78,9 @@ class Limits:
     patience: int = 8
 
 
+LIMITS = Limits()
+
+
 @dataclass
 class Progress:
     """How a run stands. Tokens are of the answers asked for now, not of those that were kept."""
@@ -97,6 +100,17 @@ class Progress:
     @property
     def done(self) -> int:
         return self.kept + self.asked + self.failed
+
+    def as_json(self) -> dict[str, Any]:
+        return {**vars(self), "troubles": dict(self.troubles)}
+
+    def add(self, other: "Progress") -> None:
+        """Counts what another asking brought and cost besides."""
+        for name in ("kept", "asked", "failed", "seconds", "prompt_tokens", "completion_tokens", "uncounted"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.cost = other.cost if self.cost is None else self.cost + (other.cost or 0.0)
+        self.troubles += other.troubles
+        self.limit = other.limit
 
 
 @dataclass(frozen=True)
@@ -124,7 +138,7 @@ class Asker:
         decoding: dict[str, Any],
         sessions: sessionmaker[Session],
         *,
-        limits: Limits = Limits(),
+        limits: Limits = LIMITS,
         price: Price | None = None,
         stop: Callable[[], bool] = lambda: False,
         tell: Callable[[Progress], None] = lambda _: None,

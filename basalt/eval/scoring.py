@@ -86,17 +86,39 @@ def rescore(
     Raises:
         DataError: a file is not as it should be, samples have no labels, or too much is missing.
     """
+    chosen = find(benchmark)
+    samples = chosen.read_samples(data, None)
+    answers = chosen.read_predictions(predictions, samples)
+    return score_answers(benchmark, samples, answers, max_gap=max_gap, intersection=intersection)
+
+
+def find(benchmark: str) -> Benchmark:
+    """
+    Raises:
+        DataError: there is none of this name.
+    """
     if benchmark not in BENCHMARKS:
         raise DataError(f"no benchmark {benchmark!r}; there are {', '.join(BENCHMARKS)}")
-    chosen = BENCHMARKS[benchmark]
-    samples = chosen.read_samples(data, None)
+    return BENCHMARKS[benchmark]
+
+
+def score_answers(
+    benchmark: str,
+    samples: Sequence[Sample],
+    answers: Mapping[str, Any],
+    *,
+    max_gap: float = MAX_GAP,
+    intersection: bool = False,
+) -> Scores:
+    """`rescore` of samples and answers already read.
+
+    Raises:
+        DataError: samples have no labels, or too much is missing.
+    """
+    chosen = find(benchmark)
     if bare := [sample.id for sample in samples if not sample.gold]:
-        raise DataError(
-            f"{data}: {len(bare)} of {len(samples)} samples have no label, as {bare[0]!r}: no score is possible"
-        )
-    pairs, gaps = join(
-        samples, chosen.read_predictions(predictions, samples), max_gap=max_gap, intersection=intersection
-    )
+        raise DataError(f"{len(bare)} of {len(samples)} samples have no label, as {bare[0]!r}: no score is possible")
+    pairs, gaps = join(samples, answers, max_gap=max_gap, intersection=intersection)
     wrong = dict.fromkeys(chosen.ways, Verdict(0.0, MISSING))
     scored = [
         Scored(sample, answer, wrong if answer is None else chosen.score(sample, answer)) for sample, answer in pairs

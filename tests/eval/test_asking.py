@@ -151,18 +151,18 @@ def test_a_wish_to_wait_holds_for_everybody(sessions: Sessions) -> None:
 
 
 def test_concurrency_grows_to_the_knee_and_not_beyond(sessions: Sessions) -> None:
-    """A server of eight at a time, 20 ms each: more than eight or so bring nothing."""
+    """A server of eight at a time, 100 ms each: more than eight or so bring nothing."""
     slots = asyncio.Semaphore(8)
 
     async def eight(body: dict[str, Any], _: int) -> Response:
         async with slots:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
         return completion("well")
 
     with serving(eight) as server:
-        asked = ask(server, sessions, questions(500))
+        asked = ask(server, sessions, questions(300))
         assert 7 <= asked.progress.limit <= 20 and server.most <= 34
-        assert asked.progress.asked / asked.progress.seconds > 0.7 * 8 / 0.02
+        assert asked.progress.asked / asked.progress.seconds > 0.6 * 8 / 0.1
 
 
 def test_a_server_that_refuses_more_than_five_gets_about_five(sessions: Sessions) -> None:
@@ -189,17 +189,17 @@ def test_a_server_that_dies_ends_the_run_and_the_next_goes_on(sessions: Sessions
 
     async def dies(body: dict[str, Any], _: int) -> Response:
         nonlocal dead
-        dead = dead or text_of(body) == "q100"
+        dead = dead or text_of(body) == "q60"
         return Response("gone", 502) if dead else completion("well")
 
     with serving(dies) as server:
-        asked = ask(server, sessions, questions(1000), limits=Limits(attempts=1, patience=5))
+        asked = ask(server, sessions, questions(400), limits=Limits(attempts=1, patience=5))
         answered = [id for id, one in asked.outcomes.items() if one.state == "answered"]
         assert "in a row were given up" in asked.stopped and "502" in asked.stopped
-        assert 50 < len(answered) <= 200
-        assert sum(one.state == "not asked" for one in asked.outcomes.values()) > 700
+        assert 30 < len(answered) <= 130
+        assert sum(one.state == "not asked" for one in asked.outcomes.values()) > 200
         before, server.behave = dict(server.asked), echo
-        assert ask(server, sessions, questions(1000)).stopped == ""
+        assert ask(server, sessions, questions(400)).stopped == ""
         assert all(server.asked[id] == before[id] for id in answered)
 
 

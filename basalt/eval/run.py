@@ -1,0 +1,369 @@
+"""Runs a benchmark against an endpoint: from its published files to a directory of answers, scores and a manifest.
+
+The directory of a run holds
+    answers.jsonl   what was answered: id, prediction, and how it came about
+    failures.jsonl  what was not: id, state, kind of trouble, the server's words
+    grades.json     of MM-Vet, with a judge: its verdicts, in the form of the official evaluator
+    manifest.json   what all that depends on, with a hash over it
+    scores.json     the scores, or why there are none, with the hash of the report: the same for the same outcome
+    run.json        what differs from run to run: when, how long, at what cost
+
+Nothing that differs from run to run is in a hash, so that an interrupted run that was finished, a run from kept
+answers, and one in one go say the same.
+"""
+
+import asyncio
+import hashlib
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from sqlalchemy.orm import Session, sessionmaker
+
+from basalt.data.readers import DataError
+from basalt.eval import judge as judging
+from basalt.eval.asking import LIMITS, Asked, Asker, Limits, Outcome, Price, Progress, Question
+from basalt.eval.benchmark import Sample
+from basalt.eval.endpoint import Endpoint
+from basalt.eval.judge import Agreement, Grading, Judge
+from basalt.eval.mm_vet import Grade
+from basalt.eval.records import MAX_GAP, read_predictions
+from basalt.eval.scoring import find, score_answers
+from basalt.object_store import InvalidKey, ObjectNotFound, ObjectStore, check_key
+
+JUDGED = ("mm-vet",)  # benchmarks whose answers a model grades
+ANSWERS, FAILURES, GRADES = "answers.jsonl", "failures.jsonl", "grades.json"
+MANIFEST, SCORES, RUN = "manifest.json", "scores.json", "run.json"
+
+# Greedy, and as many tokens as LLaVA-1.5's own runs allow.
+MAX_TOKENS = {"mm-vet": 1024}
+MAX_TOKENS_ELSE = 128
+
+Status = Literal["scored", "refused", "not judged", "judge not calibrated"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be run.
+
+    Args:
+        data: the benchmark's published file or folder.
+        images: the folder or tar of its pictures, where they are not in the file.
+        blind: leave the pictures out: what is answered then was not seen.
+        limit: ask this many samples alone, from all over the benchmark.
+        decoding: fields of the chat request that change, or add to, greedy decoding.
+    """
+
+    benchmark: str
+    data: Path
+    images: Path | None = None
+    blind: bool = False
+    limit: int | None = None
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+
+    def samples(self) -> list[Sample]:
+        """
+        Raises:
+            DataError: the files are not as published.
+        """
+        every = find(self.benchmark).read_samples(self.data, self.images)
+        if self.limit is not None and self.limit < len(every):
+            every = [every[number * len(every) // self.limit] for number in range(self.limit)]
+        return [replace(sample, images=()) for sample in every] if self.blind else every
+
+    def full_decoding(self) -> dict[str, Any]:
+        return {"temperature": 0, "max_tokens": MAX_TOKENS.get(self.benchmark, MAX_TOKENS_ELSE), **self.decoding}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run: `scores` as in scores.json, and why not every sample was asked, if so."""
+
+    directory: Path
+    scores: dict[str, Any]
+    progress: Progress
+    stopped: str = ""
+
+
+async def evaluate(
+    task: Task,
+    endpoint: Endpoint,
+    out: Path,
+    sessions: sessionmaker[Session],
+    *,
+    judge: Judge | None = None,
+    calibration: Path | None = None,
+    limits: Limits = LIMITS,
+    price: Price | None = None,
+    judge_price: Price | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    tell: Callable[[str, Progress], None] = lambda _, __: None,
+) -> Result:
+    """Asks, has judged where that is needed, and scores; leaves everything in the directory `out`.
+
+    Args:
+        sessions: of the state of record, where answers are kept: what is there is not asked again.
+        calibration: a file that `basalt.eval.judge` made, by which the judge's numbers may be printed.
+        tell: is given "asking" or "judging" with the progress.
+
+    Raises:
+        AskError: an endpoint cannot be asked.
+        DataError: the benchmark's files are not as published.
+    """
+    began = time.time()
+    samples = task.samples()
+    decoding = task.full_decoding()
+    asker = Asker(
+        endpoint, decoding, sessions, limits=limits, price=price, stop=stop, tell=lambda now: tell("asking", now)
+    )
+    async with asker.open():
+        asked = await asker.ask([Question(sample.id, sample.messages) for sample in samples])
+    grading = None
+    answered = [(sample, one.answer.text) for sample in samples if (one := asked.outcomes[sample.id]).answer]
+    if task.benchmark in JUDGED and judge is not None and answered and not asked.stopped:
+        grading = await judging.grade(
+            judge,
+            answered,
+            sessions,
+            limits=limits,
+            price=judge_price,
+            stop=stop,
+            tell=lambda now: tell("judging", now),
+        )
+    return _finish(out, task, samples, endpoint, asked, began, judge, grading, calibration)
+
+
+def rescore(directory: Path, data: Path | None = None) -> Result:
+    """Scores the answers of a run's directory again, by the parsers as they are now; asks nobody.
+
+    Args:
+        data: the benchmark's file, if it is no longer where it was.
+
+    Raises:
+        DataError: the directory holds no run, or the data is not what was asked.
+    """
+    try:
+        manifest, run = (json.loads((directory / name).read_text()) for name in (MANIFEST, RUN))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory} is not the directory of a run: {error}") from error
+    images = Path(run["images"]) if run["images"] else None
+    task = Task(manifest["benchmark"], data or Path(run["data"]), images, manifest["blind"], run["limit"])
+    if digest_of(task.data) != manifest["data"]:
+        raise DataError(f"{task.data} is not the data that was asked: it has changed, or is another file")
+    samples = [replace(sample, images=()) for sample in task.samples()]
+    progress = Progress(len(samples), kept=len(samples))
+    return Result(directory, _score(directory, task, samples), progress, run["stopped"])
+
+
+async def fetch(name: str, store: ObjectStore, folder: Path) -> Path:
+    """An object of the store as a file in the folder.
+
+    Raises:
+        DataError: there is none of this key.
+        StoreUnavailable: the object store is not there.
+    """
+    try:
+        key = check_key(name)
+    except InvalidKey:
+        raise DataError(f"{name!r} is no file here and no key of the object store") from None
+    path = folder / hashlib.sha256(key.encode()).hexdigest()[:16] / Path(key).name
+    await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
+    try:
+        await store.get_file(key, path)
+    except ObjectNotFound as error:
+        raise DataError(f"there is no file {name!r} here, and no such object in the object store") from error
+    return path
+
+
+def digest_of(path: Path) -> str:
+    """sha256 of a file, or of all names and files below a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]:
+        digest.update(str(file.relative_to(path)).encode() + b"\0")
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def parser_version(benchmark: str) -> str:
+    """The digest of the code that reads and scores a benchmark's answers: whatever changes there changes it."""
+    home = Path(__file__).parent
+    chosen = sys.modules[find(benchmark).score.__module__].__file__ or ""
+    shared = [home / f"{name}.py" for name in ("benchmark", "letters", "records", "scoring", "vqa")]
+    return _digest([path.read_text() for path in (*shared, Path(chosen))])
+
+
+def _finish(
+    out: Path,
+    task: Task,
+    samples: Sequence[Sample],
+    endpoint: Endpoint,
+    asked: Asked,
+    began: float,
+    judge: Judge | None,
+    grading: Grading | None,
+    calibration: Path | None,
+) -> Result:
+    """Writes a run's directory."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write_outcomes(out, asked.outcomes, grading)
+    manifest = {
+        "benchmark": task.benchmark,
+        "data": digest_of(task.data),
+        "samples": len(samples),
+        "blind": task.blind,
+        "prompts": _digest([[sample.id, sample.prompt] for sample in samples]),
+        "requests": _digest([[id, outcome.key] for id, outcome in asked.outcomes.items()]),
+        "decoding": task.full_decoding(),
+        "model": asdict(asked.served),
+        "judge": judge.as_json(grading.served) if judge and grading else None,
+        "calibration": json.loads(calibration.read_text()) if calibration else None,
+    }
+    run = {
+        "started": began,
+        "seconds": time.time() - began,
+        "data": str(task.data.resolve()),
+        "images": str(task.images.resolve()) if task.images else None,
+        "limit": task.limit,
+        "url": endpoint.url,
+        "stopped": asked.stopped or (grading.stopped if grading else ""),
+        "asking": _told(asked),
+        "judging": grading.progress.as_json() if grading else None,
+    }
+    _write(out / RUN, run)
+    _write(out / MANIFEST, manifest)
+    return Result(out, _score(out, task, samples), asked.progress, run["stopped"])
+
+
+def _score(directory: Path, task: Task, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Scores what is in a run's directory; completes the manifest and writes the scores."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest |= {"parser": parser_version(task.benchmark), "basalt": metadata.version("basalt")}
+    manifest["hash"] = _digest({name: value for name, value in manifest.items() if name not in ("hash", "basalt")})
+    answers = read_predictions(directory / ANSWERS, samples)
+    failures = [json.loads(line) for line in (directory / FAILURES).read_text().splitlines()]
+    grades = _read_grades(directory / GRADES) if task.benchmark in JUDGED else {}
+    status, why, scored = _scores(task.benchmark, samples, answers, failures, grades, manifest)
+    outcome = {
+        "manifest": manifest["hash"],
+        "answers": answers,
+        "failures": [[one["id"], one["state"], one["trouble"]] for one in failures],
+        "grades": {id: grade.scores for id, grade in grades.items()},
+        "scores": scored,
+    }
+    scores = {
+        "status": status,
+        "why": why,
+        "answered": len(answers),
+        "failures": dict(Counter(one["trouble"] or one["state"] for one in failures)),
+        **({"judging": _judged(grades)} if grades else {}),
+        **scored,
+        "hash": _digest(outcome),
+    }
+    _write(directory / MANIFEST, manifest)
+    _write(directory / SCORES, scores)
+    return scores
+
+
+def _scores(
+    benchmark: str,
+    samples: Sequence[Sample],
+    answers: Mapping[str, str],
+    failures: Sequence[Mapping[str, str]],
+    grades: Mapping[str, Grade],
+    manifest: Mapping[str, Any],
+) -> tuple[Status, str, dict[str, Any]]:
+    """The scores, or why there are none."""
+    chosen: Mapping[str, Any] = answers
+    if benchmark in JUDGED:
+        if not grades:
+            return "not judged", "no judge graded the answers: give one, and they are judged without being asked", {}
+        if (why := _uncalibrated(manifest)) is not None:
+            return "judge not calibrated", why, {}
+        unjudged = {one["id"] for one in failures if one["state"] == "not judged"}
+        if len(unjudged) > MAX_GAP * len(samples):
+            return "refused", f"the judge failed on {len(unjudged)} of {len(samples)} answers: no score is known", {}
+        chosen, samples = grades, [sample for sample in samples if sample.id not in unjudged]
+    try:
+        return "scored", "", score_answers(benchmark, samples, chosen).as_json()
+    except DataError as error:
+        return "refused", str(error), {}
+
+
+def _uncalibrated(manifest: Mapping[str, Any]) -> str | None:
+    """Why a judge's numbers are not printed; `None` where they may be."""
+    judge, calibration = manifest["judge"], manifest["calibration"]
+    if calibration is None:
+        return "nothing is known of how the judge agrees with GPT-4: calibrate it (`basalt eval calibrate`)"
+    if any(judge[name] != calibration["judge"][name] for name in ("model", "version", "prompt", "decoding")):
+        return "the calibration is of another judge, version, prompt or decoding"
+    found = Agreement(**calibration["agreement"])
+    if not found.trusted:
+        return f"the judge does not stand for GPT-4: kappa {found.kappa:.2f}, bias {found.bias:+.3f}"
+    return None
+
+
+def _write_outcomes(out: Path, outcomes: Mapping[str, Outcome], grading: Grading | None) -> None:
+    answers, failures = [], []
+    for id, outcome in outcomes.items():
+        if (answer := outcome.answer) is not None:
+            told = ("key", "finish_reason", "prompt_tokens", "completion_tokens", "seconds")
+            answers.append({"id": id, "prediction": answer.text} | {name: getattr(answer, name) for name in told})
+        else:
+            failures.append({"id": id, "state": outcome.state, "trouble": outcome.trouble, "message": outcome.message})
+    if grading is not None:
+        failures += [
+            {"id": id, "state": "not judged", "trouble": f"judge: {trouble}", "message": ""}
+            for id, trouble in grading.failures.items()
+        ]
+        graded = {
+            id: {"model": [grading.served.model] * len(grade.scores), "content": grade.replies, "score": grade.scores}
+            for id, grade in grading.grades.items()
+        }
+        _write(out / GRADES, graded)
+    else:
+        (out / GRADES).unlink(missing_ok=True)
+    for name, records in ((ANSWERS, answers), (FAILURES, failures)):
+        _write_text(out / name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def _read_grades(path: Path) -> dict[str, Grade]:
+    if not path.exists():
+        return {}
+    return {id: Grade(tuple(one["score"]), tuple(one["content"])) for id, one in json.loads(path.read_text()).items()}
+
+
+def _judged(grades: Mapping[str, Grade]) -> dict[str, Any]:
+    """How many answers were judged, and how the judge agrees with itself from run to run."""
+    runs = list(zip(*(grade.scores for grade in grades.values()), strict=True))
+    first = dict(zip(grades, runs[0], strict=True))
+    others = [asdict(judging.agreement(first, dict(zip(grades, run, strict=True)))) for run in runs[1:]]
+    return {"judged": len(grades), "runs": len(runs), "agreement_with_first_run": others}
+
+
+def _told(asked: Asked) -> dict[str, Any]:
+    fingerprints = Counter(one.answer.fingerprint for one in asked.outcomes.values() if one.answer)
+    truncated = sum(one.answer.finish_reason == "length" for one in asked.outcomes.values() if one.answer)
+    return asked.progress.as_json() | {"fingerprints": {str(k): n for k, n in fingerprints.items()}, "cut_off": truncated}
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _write(path: Path, value: Any) -> None:
+    _write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Whole, or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
