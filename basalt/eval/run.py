@@ -348,9 +348,10 @@ def _judged(grades: Mapping[str, Grade]) -> dict[str, Any]:
 
 
 def _told(asked: Asked) -> dict[str, Any]:
-    fingerprints = Counter(one.answer.fingerprint for one in asked.outcomes.values() if one.answer)
-    truncated = sum(one.answer.finish_reason == "length" for one in asked.outcomes.values() if one.answer)
-    return asked.progress.as_json() | {"fingerprints": {str(k): n for k, n in fingerprints.items()}, "cut_off": truncated}
+    answers = [one.answer for one in asked.outcomes.values() if one.answer]
+    fingerprints = Counter(str(answer.fingerprint) for answer in answers)
+    cut_off = sum(answer.finish_reason == "length" for answer in answers)
+    return asked.progress.as_json() | {"fingerprints": dict(fingerprints), "cut_off": cut_off}
 
 
 def _digest(value: Any) -> str:
