@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import pyarrow.parquet as parquet
 
-from basalt.data.readers import DataError, ImageSource, read_records
+from basalt.data.readers import DataError, ImageSource
 from basalt.eval.benchmark import ReadImage, Sample
 
 MAX_GAP = 0.01  # the share of missing, or of unknown, answers above which a score would mislead
@@ -92,7 +92,7 @@ def image_in(source: ImageSource | None, name: str) -> ReadImage:
 
 
 def read_predictions(path: Path, samples: Sequence[Sample]) -> dict[str, str]:
-    """Answers by id: of `.jsonl` the lines, of `.json` one list of records or one object from id to answer.
+    """Answers by id: of records in lines or in a list, or of one object from id to answer.
 
     A record is ours (`id`, `prediction`), LLaVA's (`question_id`, `prompt`, `text`), or one of MMMU's raw outputs
     (`id`, `response`; its `answer` is the label). No other key is taken for an answer, so that a file of labels
@@ -105,13 +105,19 @@ def read_predictions(path: Path, samples: Sequence[Sample]) -> dict[str, str]:
 
 
 def prediction_records(path: Path) -> Iterable[tuple[dict[str, Any], str]]:
-    """The records of a file of answers, each with the words for where it stands."""
-    records = read_json(path)
-    if isinstance(records, dict):
-        records = [{"id": id, "prediction": text} for id, text in records.items()]
-    for number, record in enumerate(records):
-        where = f"{path}, row {number}"
-        yield require(record, (), where), where
+    """The records of a file of answers, or of a folder of MMMU's raw outputs, each with where it stands."""
+    files = sorted(path.glob("*/output.json")) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f"{path}: a folder of answers has a file SUBJECT/output.json for each subject")
+    for file in files:
+        records = read_json(file)
+        if isinstance(records, dict):
+            records = [{"id": id, "prediction": text} for id, text in records.items()]
+        if not isinstance(records, list):
+            raise DataError(f"{file}: expected answers, found one {type(records).__name__}")
+        for number, record in enumerate(records):
+            where = f"{file}, row {number}"
+            yield require(record, (), where), where
 
 
 def answer_of(record: dict[str, Any], where: str) -> tuple[str, str]:
@@ -147,23 +153,21 @@ def unique(pairs: Iterable[tuple[str, T]], path: Path) -> dict[str, T]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds: of `.jsonl`, and of a `.json` that has an object a line (as POPE's), the list of them.
+    """What a JSON file holds; of one with an object a line, whatever its suffix (as POPE's labels), the list of them.
 
     Raises:
         DataError: it is not JSON.
     """
-    if path.suffix == ".jsonl":
-        return list(read_records(path))
-    text = path.read_text(encoding="utf-8")
     try:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            if not error.msg.startswith("Extra data"):
-                raise
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}") from error
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines and path.suffix == ".jsonl":
+        return []
+    if not lines or not _is_object(lines[0][1]) or (len(lines) == 1 and path.suffix != ".jsonl"):
+        return _decode(text, str(path))
+    return [_decode(line, f"{path}, line {number}") for number, line in lines]
 
 
 def join(
@@ -195,6 +199,20 @@ def join(
                 )
     pairs = [(sample, predictions.get(sample.id)) for sample in samples]
     return [pair for pair in pairs if not intersection or pair[0].id in predictions], Gaps(missing, unknown)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _decode(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not valid JSON: {error}") from error
 
 
 def _some(ids: Iterable[str]) -> str:

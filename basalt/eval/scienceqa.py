@@ -5,14 +5,15 @@ Official are the prompt and rules by which LLaVA-1.5 is scored (`llava/eval/eval
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from basalt.data.readers import DataError, ImageSource
+from basalt.eval import records
 from basalt.eval.benchmark import OFFICIAL, STRICT, Reading, Rule, Sample, Verdict
 from basalt.eval.letters import LETTERS, read_letter
-from basalt.eval.records import checked, image_in, read_json, read_parquet, require
+from basalt.eval.records import answer_of, checked, image_in, read_json, read_parquet, require, unique
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 OFFICIAL_LETTERS = "ABCDE"  # no question has more choices
@@ -23,6 +24,7 @@ PHRASE = Rule("'The answer is X.'", "read", "the answer has just one 'The answer
 NO_CHOICE = Rule("letter of no choice", "failure", "the letter that was read belongs to no choice: wrong")
 FAILED = Rule("failed", "failure", "none of the official forms: wrong")
 
+_OUTPUT = {"correct", "incorrect"}
 _PHRASE = re.compile(r"The answer is ([A-Z]).")  # the last dot is any character, as in the original
 _CHOICE = re.compile(r"\n([A-E])\. ")
 
@@ -78,6 +80,26 @@ def read_official(answer: str, choices: int) -> Reading:
     else:
         return Reading("", FAILED)
     return Reading(letter, rule) if letter in OFFICIAL_LETTERS[:choices] else Reading("", NO_CHOICE)
+
+
+def read_predictions(path: Path, samples: Sequence[Sample]) -> dict[str, str]:
+    """Answers by id, of our own file, or of LLaVA's `*_output.jsonl`: one object, the right and the wrong apart.
+
+    Raises:
+        DataError: a record is of no known form, or an id occurs twice.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict) or not found.keys() >= _OUTPUT:
+        return records.read_predictions(path, samples)
+    rows = [
+        (require(record, ("question_id", "pred"), where), where)
+        for part in sorted(_OUTPUT)
+        for number, record in enumerate(found[part])
+        for where in [f"{path}, {part}, row {number}"]
+    ]
+    return unique(
+        (answer_of({"id": row["question_id"], "prediction": row["pred"]}, where) for row, where in rows), path
+    )
 
 
 def score(sample: Sample, prediction: str) -> dict[str, Verdict]:

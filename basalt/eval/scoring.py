@@ -28,7 +28,7 @@ class Benchmark:
 BENCHMARKS = {
     "mmmu": Benchmark(mmmu.read_samples, mmmu.score),
     "mm-vet": Benchmark(mm_vet.read_samples, mm_vet.score, mm_vet.read_predictions, mm_vet.measure),
-    "scienceqa": Benchmark(scienceqa.read_samples, scienceqa.score),
+    "scienceqa": Benchmark(scienceqa.read_samples, scienceqa.score, scienceqa.read_predictions),
     "textvqa": Benchmark(textvqa.read_samples, textvqa.score, textvqa.read_predictions),
     "pope": Benchmark(pope.read_samples, pope.score, measure=pope.measure),
     "vqa": Benchmark(vqa.read_samples, vqa.score, ways=(vqa.SOFT, vqa.EXACT, vqa.CONTAINS)),

@@ -1,0 +1,98 @@
+"""Scores LLaVA-1.5-13B's own published answers: the figures must be those that were published, to the digit.
+
+Published figures: LLaVA's MODEL_ZOO (POPE, ScienceQA, TextVQA, MM-Vet), MM-Vet's result tables, and for MMMU what its
+official parser says of the raw outputs. The files are not in this repository: BASALT_DATA names the folder that has
+them in `golden`, with MMMU's own in `mmmu`.
+"""
+
+import ast
+import csv
+import os
+from pathlib import Path
+
+import pytest
+
+from basalt.eval.benchmark import OFFICIAL
+from basalt.eval.mm_vet import run_scores
+from basalt.eval.mmmu import DRAWN
+from basalt.eval.scoring import Scores, rescore
+
+DATA = Path(os.environ.get("BASALT_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+GOLDEN = DATA / "golden"
+
+pytestmark = pytest.mark.skipif(
+    not GOLDEN.is_dir(), reason=f"the published answers are not here: no folder {GOLDEN} (set BASALT_DATA)"
+)
+
+
+def official(scores: Scores, metric: str = "accuracy") -> float:
+    return scores.overall[OFFICIAL][metric]
+
+
+def groups(scores: Scores, kind: str, metric: str) -> dict[str, float]:
+    return {name: round(figures[OFFICIAL][metric], 1) for name, (_, figures) in scores.groups[kind].items()}
+
+
+def test_pope() -> None:
+    scores = rescore("pope", GOLDEN / "pope", GOLDEN / "pope/answers/llava-v1.5-13b.jsonl")
+    assert {name: count for name, (count, _) in scores.groups["category"].items()} == {
+        "random": 2910, "popular": 3000, "adversarial": 3000,
+    }  # fmt: skip
+    assert groups(scores, "category", "f1") == {"random": 87.1, "popular": 86.2, "adversarial": 84.5}
+    assert round(official(scores, "f1"), 1) == 85.9
+    assert not scores.gaps.missing and not scores.gaps.unknown
+
+
+def test_scienceqa() -> None:
+    scores = rescore(
+        "scienceqa",
+        GOLDEN / "scienceqa/llava_test_CQM-A.json",
+        GOLDEN / "scienceqa/answers/llava-v1.5-13b_output.jsonl",
+    )
+    samples, figures = scores.groups["context"]["image"]
+    assert (len(scores.scored), samples) == (4241, 2017)
+    assert round(figures[OFFICIAL]["accuracy"], 2) == 71.64
+    assert round(official(scores), 2) == 74.39
+
+
+def test_mm_vet() -> None:
+    results = GOLDEN / "mm-vet/results"
+    scores = rescore("mm-vet", GOLDEN / "mm-vet/mm-vet.json", results / "llava-v1.5-13b_gpt-4-grade-3runs.json")
+    overall = table(results / "llava-v1.5-13b_gpt-4-cap-score-3runs.csv")
+    names = {"rec", "ocr", "know", "gen", "spat", "math"}
+    assert groups(scores, "capability", "score") == {name: float(overall[name]) for name in names}
+    assert round(official(scores, "score"), 1) == float(overall["total"]) == 36.3
+    assert round(official(scores, "std"), 1) == float(overall["std"]) == 0.2
+    assert [round(run, 1) for run in run_scores(scores.scored)] == ast.literal_eval(overall["runs"])
+    integrations = table(results / "llava-v1.5-13b_gpt-4-cap-int-score-3runs.csv")
+    published = {
+        frozenset(name.split("_")): float(value)
+        for name, value in integrations.items()
+        if name not in ("", "total", "std", "runs")
+    }
+    ours = groups(scores, "integration", "score")
+    assert {frozenset(name.split("_")): value for name, value in ours.items()} == published
+    assert len(published) == 16
+
+
+def test_textvqa() -> None:
+    textvqa = GOLDEN / "textvqa"
+    scores = rescore("textvqa", textvqa / "TextVQA_0.5.1_val.json", textvqa / "answers/llava-v1.5-13b.jsonl")
+    assert len(scores.scored) == 5000
+    assert round(official(scores), 1) == 61.3
+
+
+def test_mmmu() -> None:
+    """36.6 by the official parser, which draws three of the answers: 328 are right without luck (36.4, as published)."""
+    scores = rescore("mmmu", DATA / "mmmu/validation.parquet", GOLDEN / "mmmu/llava1.5_13b")
+    assert len(scores.scored) == 900
+    assert round(official(scores), 1) == 36.6
+    drawn = [one for one in scores.scored if one.verdicts[OFFICIAL].rule is DRAWN]
+    assert [one.prediction for one in drawn] == ["A) Josef Albers", "D", "C) Schachter-Singer Theory"]
+    assert sum(one.verdicts[OFFICIAL].score for one in scores.scored if one not in drawn) == 328
+
+
+def table(path: Path) -> dict[str, str]:
+    """The row of the 13B model."""
+    with path.open(newline="") as file:
+        return next(row for row in csv.DictReader(file) if row[""] == "llava-v1.5-13b")
