@@ -83,7 +83,7 @@ def test_textvqa() -> None:
 
 
 def test_mmmu() -> None:
-    """36.6 by the official parser, which draws three of the answers; the 328 right without luck are the 36.4 published."""
+    """36.6 by the official parser, which draws three answers; the 328 right without luck are the published 36.4."""
     scores = rescore("mmmu", DATA / "mmmu/validation.parquet", GOLDEN / "mmmu/llava1.5_13b")
     assert len(scores.scored) == 900
     assert round(official(scores), 1) == 36.6
