@@ -18,7 +18,7 @@ OUTSIDE = Rule("no such option", "failure", "the answer names a letter that no o
 UNREADABLE = Rule("unreadable", "failure", "the answer names no option")
 
 _MARKUP = re.compile(r"[*_`]+")
-_LETTER = re.compile(r"(?:option|choice)?\s*[(\[{]?([a-z])[)\]}]?[.,:;!?]*", re.IGNORECASE)
+_LETTER = re.compile(r"(?:option|choice)?[^\w+#-]*([a-z])[^\w+#-]*", re.IGNORECASE)  # "C#" and "A+" are no letters
 _LEADING = re.compile(r"^(?:[(\[]([A-Z])[)\]]|([A-Z])[.):](?=\s|$))", re.MULTILINE)
 # "The answer is A dog" and "I" the pronoun are words: those two letters need something after them that ends a phrase.
 _STATED = re.compile(
@@ -34,7 +34,8 @@ def read_letter(response: str, options: Sequence[str]) -> Reading:
 
     These rules are the project's own; the benchmarks' official ones are in their modules.
     """
-    text = _MARKUP.sub("", response).strip()
+    # Without runs of blanks: the patterns take quadratic time on those.
+    text = "\n".join(" ".join(line.split()) for line in _MARKUP.sub("", response).splitlines() if line.strip())
     if not text:
         return Reading("", EMPTY)
     if alone := _LETTER.fullmatch(text):

@@ -57,13 +57,14 @@ SEVERAL = Rule("several numbers", "failure", "the answer gives several numbers a
 _IMAGE = re.compile(r"<image (\d+)>")
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 _TRIVIAL = frozenset(":,.!?;'")
-# Numbers as the original finds them: with commas, scientific, plain. "10^3" and "1,2" are as odd there.
+# Numbers as the original finds them: with commas, scientific, plain. "10^3" and "1,2" are as odd there. That none
+# begins or ends within a run of digits changes nothing that is found, and keeps long runs from taking quadratic time.
 _NUMBERS = tuple(
     re.compile(pattern)
     for pattern in (
         r"-?\b\d{1,3}(?:,\d{3})+\b",
-        r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
-        r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
+        r"-?(?<!\d)\d++(?:\.\d++)?+[eE][+-]?\d+",
+        r"-?(?:(?<!\d)\d++\.\d++|\.\d++|(?<!\d)\d++\b)(?![eE][+-]?\d)(?![,\d])",
     )
 )
 _CLAIM = re.compile(r".*\banswer(?:\s+is\b|\s*[:=])\s*(.*)", re.DOTALL)
