@@ -70,13 +70,17 @@ def read_predictions(path: Path, samples: Sequence[Sample]) -> dict[str, Grade]:
     for id, record in require(read_json(path), (), str(path)).items():
         where = f"{path}, {id!r}"
         require(record, ("score", "content"), where)
-        scores, replies = tuple(map(float, record["score"])), tuple(map(str, record["content"]))
+        scores, replies = record["score"], record["content"]
+        if not isinstance(scores, list) or not isinstance(replies, list):
+            raise DataError(f"{where}: scores and replies are lists, one element a run; found {record}")
+        if not all(isinstance(score, int | float) for score in scores):
+            raise DataError(f"{where}: scores are numbers; found {scores}")
         if not scores or len(scores) != len(replies) or not all(0 <= score <= 1 for score in scores):
             raise DataError(f"{where}: needs as many scores from 0 to 1 as replies, one a run; found {record}")
-        for stored, read in zip(scores, map(read_grade, replies), strict=True):
+        for stored, read in zip(scores, (read_grade(str(reply)) for reply in replies), strict=True):
             if read not in (None, stored):
                 raise DataError(f"{where}: the judge's reply says {read}, the stored score is {stored}")
-        grades[id] = Grade(scores, replies)
+        grades[id] = Grade(tuple(map(float, scores)), tuple(map(str, replies)))
     if len(runs := {len(grade.scores) for grade in grades.values()}) > 1:
         raise DataError(f"{path}: samples have {min(runs)} to {max(runs)} runs of the judge; all need as many")
     return grades

@@ -229,6 +229,8 @@ def _sample(row: dict[str, Any], where: str) -> Sample:
         raise DataError(f"{where}: {kind!r} with the options {options!r}")
     if kind == CHOICE and answer != "?" and (len(answer) != 1 or answer not in LETTERS):
         raise DataError(f"{where}: the answer to a multiple-choice question is a letter, found {answer!r}")
+    if kind == CHOICE and LETTERS.find(answer) >= len(options):
+        raise DataError(f"{where}: the answer {answer!r} is none of the {len(options)} options")
     several = kind == OPEN and answer.startswith("[")  # a list, made text where the column is one of texts
     gold = _literal(answer, where) if several else [] if answer == "?" else [answer]
     named = {int(number) for number in _IMAGE.findall(" ".join([row["question"], *options]))}

@@ -23,7 +23,7 @@ from basalt.eval.benchmark import (
     mean,
     no_answer,
 )
-from basalt.eval.records import checked, image_in, read_json, read_parquet, require
+from basalt.eval.records import checked, image_in, read_parquet, read_rows, require
 
 # LLaVA's question file numbers all three categories in one row: its answers join on these.
 FIRST_ID = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
@@ -53,6 +53,8 @@ def read_samples(path: Path, images: Path | None = None) -> list[Sample]:
             raise DataError(f"{where}: no category {category!r}; there are {', '.join(sorted(FIRST_ID))}")
         if label not in ("yes", "no"):
             raise DataError(f"{where}: the label must be 'yes' or 'no', found {label!r}")
+        if not str(record["question_id"]).isdecimal():
+            raise DataError(f"{where}: the question_id must be a number, found {record['question_id']!r}")
         samples.append(
             Sample(
                 id=str(FIRST_ID[category] + int(record["question_id"])),
@@ -143,5 +145,6 @@ def _records(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
             yield row | named, f"{path}, row {number}"
         return
     for file in sorted(path.glob("coco_pope_*.json")) if path.is_dir() else [path]:
-        for number, record in enumerate(read_json(file)):
-            yield {"category": file.stem.removeprefix("coco_pope_")} | record, f"{file}, row {number}"
+        for number, record in enumerate(read_rows(file)):
+            where = f"{file}, row {number}"
+            yield {"category": file.stem.removeprefix("coco_pope_")} | require(record, (), where), where

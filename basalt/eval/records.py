@@ -59,7 +59,8 @@ def require(record: Any, keys: Iterable[str], where: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"{where}: expected an object, found {type(record).__name__}")
     if absent := [key for key in keys if key not in record]:
-        raise DataError(f"{where}: has no {', '.join(map(repr, absent))}; it has {', '.join(map(repr, record))}")
+        found = ", ".join(map(repr, list(record)[:20])) + (", …" if len(record) > 20 else "")
+        raise DataError(f"{where}: has no {', '.join(map(repr, absent))}; it has {found or 'nothing'}")
     return record
 
 
@@ -113,7 +114,7 @@ def prediction_records(path: Path) -> Iterable[tuple[dict[str, Any], str]]:
         records = read_json(file)
         if isinstance(records, dict):
             records = [{"id": id, "prediction": text} for id, text in records.items()]
-        if not isinstance(records, list):
+        elif not isinstance(records, list):
             raise DataError(f"{file}: expected answers, found one {type(records).__name__}")
         for number, record in enumerate(records):
             where = f"{file}, row {number}"
@@ -170,6 +171,20 @@ def read_json(path: Path) -> Any:
     return [_decode(line, f"{path}, line {number}") for number, line in lines]
 
 
+def read_rows(path: Path) -> list[Any]:
+    """The records of a JSON file: those of a list, or one a line.
+
+    Raises:
+        DataError: it is no such file.
+    """
+    found = read_json(path)
+    if isinstance(found, dict):
+        return [found]
+    if not isinstance(found, list):
+        raise DataError(f"{path}: expected records, found one {type(found).__name__}")
+    return found
+
+
 def join(
     samples: Sequence[Sample], predictions: Mapping[str, T], *, max_gap: float = MAX_GAP, intersection: bool = False
 ) -> tuple[list[tuple[Sample, T | None]], Gaps]:
@@ -204,7 +219,7 @@ def join(
 def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 

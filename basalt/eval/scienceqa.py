@@ -13,7 +13,7 @@ from basalt.data.readers import DataError, ImageSource
 from basalt.eval import records
 from basalt.eval.benchmark import OFFICIAL, STRICT, Reading, Rule, Sample, Verdict
 from basalt.eval.letters import LETTERS, read_letter
-from basalt.eval.records import answer_of, checked, image_in, read_json, read_parquet, require, unique
+from basalt.eval.records import answer_of, checked, image_in, read_json, read_parquet, read_rows, require, unique
 
 INSTRUCTION = "Answer with the option's letter from the given choices directly."
 OFFICIAL_LETTERS = "ABCDE"  # no question has more choices
@@ -42,7 +42,7 @@ def read_samples(path: Path, images: Path | None = None, *, split: str = "test")
     samples = []
     for record, where in _records(path, split):
         choices, answer = record["choices"], record["answer"]
-        if not isinstance(answer, int) or not 0 <= answer < len(choices) <= len(OFFICIAL_LETTERS):
+        if type(answer) is not int or not 0 <= answer < len(choices) <= len(OFFICIAL_LETTERS):
             raise DataError(f"{where}: the answer {answer!r} must be the place of one of its {len(choices)} choices")
         read = record["image"]
         if isinstance(read, str):
@@ -131,7 +131,7 @@ def _records(path: Path, split: str) -> Iterator[tuple[dict[str, Any], str]]:
                 raise DataError(f"{where}: the split names it, and there is no such problem")
             yield require(problems[pid], keys, where) | {"pid": pid}, where
     else:
-        for number, record in enumerate(read_json(path)):
+        for number, record in enumerate(read_rows(path)):
             where = f"{path}, row {number}"
             require(record, ("id", "conversations"), where)
             yield _from_llava(record, where), where

@@ -17,6 +17,7 @@ from basalt.eval.records import (
     prediction_records,
     read_json,
     read_parquet,
+    read_rows,
     require,
     unique,
 )
@@ -99,7 +100,7 @@ def _question(text: str) -> str:
 
 def _read_ocr(path: Path) -> dict[tuple[str, str], str]:
     tokens = {}
-    for number, record in enumerate(read_json(path)):
+    for number, record in enumerate(read_rows(path)):
         text = require(record, ("question_id", "text"), f"{path}, row {number}")["text"]
         question, found, told = text.removesuffix(_INSTRUCTION).partition(_TOKENS)
         if not found:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from basalt.data.readers import DataError, ImageSource
 from basalt.eval.benchmark import Rule, Sample, Verdict, no_answer
-from basalt.eval.records import checked, image_in, read_json, require
+from basalt.eval.records import checked, image_in, read_rows, require
 
 SOFT, EXACT, CONTAINS = "soft", "exact", "contains"
 PEOPLE = 10  # answers to a question of VQA and TextVQA, each by another person
@@ -61,7 +61,7 @@ def read_samples(path: Path, images: Path | None = None) -> list[Sample]:
     """
     source = ImageSource(images) if images else None
     samples = []
-    for number, record in enumerate(read_json(path)):
+    for number, record in enumerate(read_rows(path)):
         where = f"{path}, row {number}"
         require(record, ("id", "image", "question"), where)
         answers = record.get("answers", [record["answer"]] if "answer" in record else [])
