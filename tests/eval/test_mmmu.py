@@ -6,6 +6,7 @@ import pytest
 
 from basalt.data.readers import DataError
 from basalt.eval.benchmark import EMPTY, OFFICIAL, REFUSAL, STRICT, Rule, Sample
+from basalt.eval.letters import OUTSIDE
 from basalt.eval.mmmu import (
     BRACKETS,
     CHOICE,
@@ -37,7 +38,7 @@ OPTIONS = ["a red car", "a blue car", "$7", "none of these"]
 
 
 def row(id: str = "validation_Math_1", **changes: Any) -> dict[str, Any]:
-    told = {
+    told: dict[str, Any] = {
         "id": id, "question": "Which is it in <image 1>?", "options": "['one', 'two', \"it's three\"]", "answer": "B",
         "question_type": CHOICE, **dict.fromkeys(IMAGES), "image_1": picture(),
     }  # fmt: skip
@@ -135,8 +136,8 @@ def test_the_prompt_is_the_official_one(tmp_path: Path) -> None:
 
 def test_pictures_named_in_question_and_options_are_shown_in_order(tmp_path: Path) -> None:
     pictures = {"image_1": picture("red"), "image_2": picture("blue"), "image_3": picture("green")}
-    named = row(question="See <image 3>.", options="['<image 1>', 'x']", **pictures)
-    unnamed = row("validation_Math_2", question="No name", **pictures)
+    named = row(question="See <image 3>.", options="['<image 1>', 'x']") | pictures
+    unnamed = row("validation_Math_2", question="No name") | pictures
     third = row("validation_Math_3", image_1=picture("white"))  # in another row group
     first, second, last = read_samples(published(tmp_path, named, unnamed, third))
     assert [read() for read in first.images] == [pictures["image_1"]["bytes"], pictures["image_3"]["bytes"]]
@@ -170,8 +171,16 @@ def test_the_score_is_over_samples_and_by_subject_whatever_their_order(tmp_path:
     assert scores.rules(OFFICIAL)[DRAWN] == 1
     assert rescore("mmmu", data, raw).as_json() == scores.as_json()
     assert len(DISCIPLINE) == 30
-    with pytest.raises(DataError, match="SUBJECT/output.json"):
+    with pytest.raises(DataError, match=r"SUBJECT/output\.json"):
         rescore("mmmu", data, tmp_path)
+
+
+def test_a_gold_letter_beyond_the_options_is_read_by_nobody(tmp_path: Path) -> None:
+    """The published validation_Geography_15 is such a question."""
+    (sample,) = read_samples(published(tmp_path, row(answer="D")))
+    verdicts = score(sample, "D")
+    assert (verdicts[OFFICIAL].score, verdicts[OFFICIAL].rule) == (0, DRAWN)
+    assert (verdicts[STRICT].score, verdicts[STRICT].rule) == (0, OUTSIDE)
 
 
 def test_the_test_split_has_no_labels_and_no_score(tmp_path: Path) -> None:
@@ -191,13 +200,12 @@ def test_the_test_split_has_no_labels_and_no_score(tmp_path: Path) -> None:
         ({"options": "[]"}, r"'multiple-choice' with the options \[\]"),
         ({"question_type": OPEN}, "'open' with the options"),
         ({"answer": "two"}, "the answer to a multiple-choice question is a letter, found 'two'"),
-        ({"answer": "Z"}, "the answer 'Z' is none of the 3 options"),
         ({"image_1": None}, "names pictures that it has not: image_1"),
     ],
 )
 def test_wrong_records_are_told(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        read_samples(published(tmp_path, row(**change), row("validation_Math_2")))
+        read_samples(published(tmp_path, row() | change, row("validation_Math_2")))
 
 
 def test_wrong_files_are_told(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_answers_to_something_else_are_refused(tmp_path: Path) -> None:
     answers = {str(number): "a" for number in range(300)}
     with pytest.raises(DataError, match=r"100 of 300 answers have the id of no sample \('200', '201', '202', …\)"):
         join(SAMPLES, answers)
-    with pytest.raises(DataError, match="no answer has the id of a sample: samples are '0'.*answers 'x'"):
+    with pytest.raises(DataError, match=r"no answer has the id of a sample: samples are '0'.*answers 'x'"):
         join(SAMPLES, {"x": "a"}, intersection=True)
     with pytest.raises(DataError, match="no answer has the id"):
         join(SAMPLES, read_predictions(write_lines(tmp_path / "a.jsonl", []), SAMPLES))
