@@ -12,6 +12,7 @@ import time
 START = 4
 ROUND = 2  # times the requests under way: the answers by which a rate is measured
 WORTH = 0.15  # the part of the growth in number that the rate must grow by
+NOISE = 0.03  # of a rate; a gain must be larger than that
 LESS = 0.7
 LONGEST_REST = 16  # rounds between tries of a larger number
 
@@ -75,7 +76,7 @@ class Pace:
             self._rate = rate
             self._rested += 1
             self._turn_to(self._more() if self._rested >= self._rest else self.knee)
-        elif rate >= self._rate * (1 + WORTH * (self.limit / self.knee - 1)):
+        elif rate >= self._rate * (1 + max(NOISE, WORTH * (self.limit / self.knee - 1))):
             self.knee, self._rate, self._rest = self.limit, rate, 1
             self._turn_to(self._more())
         elif not self._again:  # once is chance
