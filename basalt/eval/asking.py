@@ -293,8 +293,10 @@ class _Run:
                 stopped = "stopped" if not work.done() and self.asker._stop() else ""
             if not stopped:
                 await work
-        except* _GaveUp as gave_up:
-            stopped = str(gave_up.exceptions[0])
+        except ExceptionGroup as group:
+            if not isinstance(first := group.exceptions[0], _GaveUp):
+                raise first from None
+            stopped = str(first)
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""`basalt eval run`, `rescore`, `calibrate`: benchmarks asked, answers scored again, a judge compared with GPT-4."""
+"""`basalt eval run`, `rescore`, `calibrate`, `contamination`."""
 
 from __future__ import annotations
 
@@ -137,6 +137,42 @@ def calibrate(
     told = _stoppable(work)
     out.write_text(json.dumps(told, indent=2) + "\n")
     typer.echo(json.dumps(told["agreement"] | {"trusted": told["trusted"], "failures": told["failures"]}))
+
+
+@app.command("contamination")
+def contamination(
+    benchmark: Annotated[str, typer.Argument(help="as for run")],
+    data: Annotated[Path, typer.Option(help="the benchmark's published file or folder")],
+    images: Annotated[Path | None, typer.Option(help="its pictures, where they are beside it")] = None,
+    recipe: Annotated[list[Path] | None, typer.Option(help="a training recipe: its data; repeatable")] = None,
+    rows: Annotated[Path | None, typer.Option(help="training rows besides")] = None,
+    rows_images: Annotated[Path | None, typer.Option(help="the pictures of those rows, a folder or tar")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="answers to score with and without what was found")] = None,
+) -> None:
+    """Looks for a benchmark's pictures and texts in training data, and scores what is clean; prints JSON."""
+    from basalt.data.readers import DataError, DataSet
+    from basalt.eval.contamination import check
+    from basalt.eval.scoring import find, score_answers
+
+    with _told_plainly():
+        chosen = find(benchmark)
+        samples = chosen.read_samples(data, images)
+        training = [(str(rows), DataSet(rows, rows_images))] if rows else []
+        for path in recipe or []:
+            from basalt.train.recipe import load_recipe
+
+            training += [(str(source.rows), DataSet(source.rows, source.images)) for source in load_recipe(path).data]
+        if not training:
+            raise DataError("say what was learned from: --recipe, or --rows")
+        report = check(samples, training)
+        told = report.as_json()
+        if predictions is not None:
+            answers = chosen.read_predictions(predictions, samples)
+            clean = [sample for sample in samples if sample.id not in report.contaminated]
+            told["scores"] = score_answers(benchmark, samples, answers).overall
+            known = {sample.id: answers[sample.id] for sample in clean if sample.id in answers}
+            told["clean_scores"] = score_answers(benchmark, clean, known).overall if clean else None
+        typer.echo(json.dumps(told, ensure_ascii=False, indent=2))
 
 
 def _show(result: Result, as_json: bool) -> None:

@@ -1,19 +1,20 @@
 """How many requests to have under way at once: as many as make the server faster, fewer where it pushes back.
 
 Additive increase, multiplicative decrease (Chiu & Jain 1989), and a search for the throughput's knee. Requests are
-counted in rounds. While a larger number brings more answers a second it grows, twofold at first; where it no longer
-does, the last that did is kept, and a little more is tried now and then. A server that refuses, fails or falls silent
-gets fewer, and nothing at all for as long as it asks to wait.
+counted in rounds. While a larger number brings more answers a second it doubles; then, now and then, a few more and a
+few less are tried in turn, and the smallest number is kept that brings as many answers. A server that refuses, fails
+or falls silent gets fewer, and nothing at all for as long as it asks to wait.
 """
 
 import asyncio
 import time
 
 START = 4
-ROUND = 2  # times the requests under way: the answers by which a rate is measured
+ROUND, LONG_ROUND = 2, 6  # times the requests under way: the answers by which a rate is measured, at first and later
 WORTH = 0.15  # the part of the growth in number that the rate must grow by
+NOISE = 0.03  # of a rate
 LESS = 0.7
-LONGEST_REST = 16  # rounds between tries of a larger number
+LONGEST_REST = 16  # rounds between tries of another number
 
 
 class Pace:
@@ -31,7 +32,7 @@ class Pace:
         self._changed = asyncio.Condition()
         self._paused_until = self._cut_at = 0.0
         self._rate = 0.0  # answers a second at the knee
-        self._doubling, self._again = True, False
+        self._doubling, self._again, self._fewer = True, False, False
         self._rest, self._rested = 1, 0  # rounds to measure at the knee before more is tried
         self._answers, self._round_began = 0, 0.0
 
@@ -57,8 +58,8 @@ class Pace:
         self._answers += 1
         if self._answers == self.limit:  # those from before the round are through
             self._round_began = time.monotonic()
-        elif self._answers == self.limit * (1 + ROUND):
-            self._end_round(self.limit * ROUND / max(time.monotonic() - self._round_began, 1e-9))
+        elif self._answers == self.limit * (1 + self._round):
+            self._end_round(self.limit * self._round / max(time.monotonic() - self._round_began, 1e-9))
 
     def push_back(self, entered: float, wait: float = 0.0) -> None:
         """The server refused, failed or fell silent on a request that entered then, or asks to wait (seconds)."""
@@ -70,25 +71,34 @@ class Pace:
         self._rate, self._doubling, self._rest = 0.0, False, 1
         self._turn_to(self.knee)
 
+    @property
+    def _round(self) -> int:
+        return ROUND if self._doubling else LONG_ROUND
+
     def _end_round(self, rate: float) -> None:
-        if self.limit <= self.knee:
-            self._rate = rate
+        change = self.limit / self.knee - 1
+        if change == 0:
+            self._rate = rate if self._rate == 0 else (self._rate + rate) / 2
             self._rested += 1
-            self._turn_to(self._more() if self._rested >= self._rest else self.knee)
-        elif rate >= self._rate * (1 + WORTH * (self.limit / self.knee - 1)):
+            self._turn_to(self._other() if self._rested >= self._rest else self.knee)
+        elif rate >= self._rate * (1 + max(NOISE, WORTH * change) if change > 0 else 1 - NOISE / 2):
             self.knee, self._rate, self._rest = self.limit, rate, 1
-            self._turn_to(self._more())
+            self._turn_to(self._other())
         elif not self._again:  # once is chance
             self._turn_to(self.limit, again=True)
         else:
             self._rest = 1 if self._doubling else min(self._rest * 2, LONGEST_REST)
-            self._doubling = False
+            self._doubling, self._fewer = False, change > 0
             self._turn_to(self.knee)
 
-    def _more(self) -> int:
-        return min(self.maximum, self.knee * 2 if self._doubling else self.knee + max(1, self.knee // 8))
+    def _other(self) -> int:
+        """The number to try next: in the direction that did well last."""
+        if self._doubling:
+            return min(self.maximum, self.knee * 2)
+        step = max(1, self.knee // 8)
+        return max(1, self.knee - step) if self._fewer else min(self.maximum, self.knee + step)
 
     def _turn_to(self, limit: int, *, again: bool = False) -> None:
-        if limit != self.knee or self.limit != self.knee:
+        if limit != self.knee:
             self._rested = 0
         self.limit, self._again, self._answers = limit, again, 0

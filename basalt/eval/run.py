@@ -5,6 +5,7 @@ The directory of a run holds
     failures.jsonl  what was not: id, state, kind of trouble, the server's words
     grades.json     of MM-Vet, with a judge: its verdicts, in the form of the official evaluator
     manifest.json   what all that depends on, with a hash over it
+    verdicts.jsonl  of each sample the score, by each way of scoring, and the rule that gave it; where there are scores
     scores.json     the scores, or why there are none, with the hash of the report: the same for the same outcome
     run.json        what differs from run to run: when, how long, at what cost
 
@@ -29,17 +30,17 @@ from sqlalchemy.orm import Session, sessionmaker
 from basalt.data.readers import DataError
 from basalt.eval import judge as judging
 from basalt.eval.asking import LIMITS, Asked, Asker, Limits, Outcome, Price, Progress, Question
-from basalt.eval.benchmark import Sample
+from basalt.eval.benchmark import Sample, Verdict
 from basalt.eval.endpoint import Endpoint
 from basalt.eval.judge import Agreement, Grading, Judge
 from basalt.eval.mm_vet import Grade
 from basalt.eval.records import MAX_GAP, read_predictions
-from basalt.eval.scoring import find, score_answers
+from basalt.eval.scoring import Scores, find, score_answers
 from basalt.object_store import InvalidKey, ObjectNotFound, ObjectStore, check_key
 
 JUDGED = ("mm-vet",)  # benchmarks whose answers a model grades
 ANSWERS, FAILURES, GRADES = "answers.jsonl", "failures.jsonl", "grades.json"
-MANIFEST, SCORES, RUN = "manifest.json", "scores.json", "run.json"
+VERDICTS, MANIFEST, SCORES, RUN = "verdicts.jsonl", "manifest.json", "scores.json", "run.json"
 
 # Greedy, and as many tokens as LLaVA-1.5's own runs allow.
 MAX_TOKENS = {"mm-vet": 1024}
@@ -161,6 +162,12 @@ def rescore(directory: Path, data: Path | None = None) -> Result:
     return Result(directory, _score(directory, task, samples), progress, run["stopped"])
 
 
+def read_verdicts(directory: Path) -> dict[str, dict[str, Any]]:
+    """Of each scored sample of a run, by its id, what each way of scoring says."""
+    lines = (directory / VERDICTS).read_text().splitlines()
+    return {record.pop("id"): record for record in map(json.loads, lines)}
+
+
 async def fetch(name: str, store: ObjectStore, folder: Path) -> Path:
     """An object of the store as a file in the folder.
 
@@ -249,7 +256,8 @@ def _score(directory: Path, task: Task, samples: Sequence[Sample]) -> dict[str, 
     answers = read_predictions(directory / ANSWERS, samples)
     failures = [json.loads(line) for line in (directory / FAILURES).read_text().splitlines()]
     grades = _read_grades(directory / GRADES) if task.benchmark in JUDGED else {}
-    status, why, scored = _scores(task.benchmark, samples, answers, failures, grades, manifest)
+    status, why, found = _scores(task.benchmark, samples, answers, failures, grades, manifest)
+    scored = found.as_json() if found else {}
     outcome = {
         "manifest": manifest["hash"],
         "answers": answers,
@@ -268,6 +276,11 @@ def _score(directory: Path, task: Task, samples: Sequence[Sample]) -> dict[str, 
     }
     _write(directory / MANIFEST, manifest)
     _write(directory / SCORES, scores)
+    verdicts = [
+        {"id": one.sample.id} | {way: _verdict(verdict) for way, verdict in one.verdicts.items()}
+        for one in (found.scored if found else [])
+    ]
+    _write_lines(directory / VERDICTS, verdicts)
     return scores
 
 
@@ -278,22 +291,26 @@ def _scores(
     failures: Sequence[Mapping[str, str]],
     grades: Mapping[str, Grade],
     manifest: Mapping[str, Any],
-) -> tuple[Status, str, dict[str, Any]]:
+) -> tuple[Status, str, Scores | None]:
     """The scores, or why there are none."""
     chosen: Mapping[str, Any] = answers
     if benchmark in JUDGED:
         if not grades:
-            return "not judged", "no judge graded the answers: give one, and they are judged without being asked", {}
+            return "not judged", "no judge graded the answers: give one, and they are judged without being asked", None
         if (why := _uncalibrated(manifest)) is not None:
-            return "judge not calibrated", why, {}
+            return "judge not calibrated", why, None
         unjudged = {one["id"] for one in failures if one["state"] == "not judged"}
         if len(unjudged) > MAX_GAP * len(samples):
-            return "refused", f"the judge failed on {len(unjudged)} of {len(samples)} answers: no score is known", {}
+            return "refused", f"the judge failed on {len(unjudged)} of {len(samples)} answers: no score is known", None
         chosen, samples = grades, [sample for sample in samples if sample.id not in unjudged]
     try:
-        return "scored", "", score_answers(benchmark, samples, chosen).as_json()
+        return "scored", "", score_answers(benchmark, samples, chosen)
     except DataError as error:
-        return "refused", str(error), {}
+        return "refused", str(error), None
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    return {"score": verdict.score, "rule": verdict.rule.name, "answer": verdict.answer}
 
 
 def _uncalibrated(manifest: Mapping[str, Any]) -> str | None:
@@ -329,8 +346,8 @@ def _write_outcomes(out: Path, outcomes: Mapping[str, Outcome], grading: Grading
         _write(out / GRADES, graded)
     else:
         (out / GRADES).unlink(missing_ok=True)
-    for name, records in ((ANSWERS, answers), (FAILURES, failures)):
-        _write_text(out / name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    _write_lines(out / ANSWERS, answers)
+    _write_lines(out / FAILURES, failures)
 
 
 def _read_grades(path: Path) -> dict[str, Grade]:
@@ -361,6 +378,10 @@ def _digest(value: Any) -> str:
 
 def _write(path: Path, value: Any) -> None:
     _write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    _write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def _write_text(path: Path, text: str) -> None:

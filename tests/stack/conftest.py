@@ -49,7 +49,7 @@ def free_ports(count: int) -> list[int]:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Every service for real, in float32 so that answers can be compared with transformers'."""
     var = tmp_path_factory.mktemp("stack")
-    gateway, ui, vision, llm, trainer, redis = free_ports(6)
+    gateway, ui, vision, llm, trainer, evaluator, redis = free_ports(7)
     environment = os.environ | {
         "BASALT_VAR": str(var),
         "BASALT_STORE": str(var / "objects"),
@@ -58,6 +58,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         "BASALT_VISION_PORT": str(vision),
         "BASALT_LLM_PORT": str(llm),
         "BASALT_TRAINER_PORT": str(trainer),
+        "BASALT_EVALUATOR_PORT": str(evaluator),
         "BASALT_REDIS_PORT": str(redis),
         "BASALT_LLM_DTYPE": "float32",
         "BASALT_VISION_DTYPE": "float32",
