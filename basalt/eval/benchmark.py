@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 OFFICIAL, STRICT = "official", "strict"
@@ -89,6 +91,39 @@ class Scored:
         official, strict = self.verdicts[OFFICIAL], self.verdicts[STRICT]
         return None if official.score == strict.score else (official.rule.name, strict.rule.name)
 
+
+@dataclass(frozen=True)
+class Metric:
+    """A score as a function of sums over samples, so that it can be had of any draw of them.
+
+    Attributes:
+        name: of the figure in what the benchmark measures.
+        terms: of scored samples, by one way of scoring, what is summed: [samples, terms].
+        of: the score in percent of such sums: [..., terms] to [...].
+        mean: whether it is the plain mean of the samples' scores.
+    """
+
+    name: str
+    terms: Callable[[Sequence[Scored], str], NDArray[np.float64]]
+    of: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    mean: bool = False
+
+
+def mean_metric(name: str) -> Metric:
+    """The plain mean of the samples' scores."""
+
+    def terms(scored: Sequence[Scored], way: str) -> NDArray[np.float64]:
+        return np.array([(one.verdicts[way].score, 1.0) for one in scored]).reshape(-1, 2)
+
+    return Metric(name, terms, lambda sums: 100 * share(sums[..., 0], sums[..., 1]), mean=True)
+
+
+def share(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Part by whole; 0 where the whole is."""
+    return np.divide(part, whole, out=np.zeros_like(part, dtype=float), where=whole != 0)
+
+
+ACCURACY = mean_metric("accuracy")
 
 EMPTY = Rule("empty", "failure", "the answer is empty")
 REFUSAL = Rule("refusal", "refusal", "the answer declines the question")

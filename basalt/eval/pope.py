@@ -10,10 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from basalt.data.readers import DataError, ImageSource
 from basalt.eval.benchmark import (
     OFFICIAL,
     STRICT,
+    Metric,
     Reading,
     Rule,
     Sample,
@@ -22,6 +26,7 @@ from basalt.eval.benchmark import (
     by_group,
     mean,
     no_answer,
+    share,
 )
 from basalt.eval.records import checked, image_in, read_parquet, read_rows, require
 
@@ -108,6 +113,24 @@ def measure(scored: Sequence[Scored], way: str) -> dict[str, float]:
     """
     each = [_binary(members, way) for members in by_group(scored, "category").values()]
     return {name: mean(metrics[name] for metrics in each) for name in (each[0] if each else ())}
+
+
+def _f1_terms(scored: Sequence[Scored], way: str) -> NDArray[np.float64]:
+    """Of each sample, in the two columns of its category: what F1 divides, and by what."""
+    categories = sorted(by_group(scored, "category"))
+    terms = np.zeros((len(scored), 2 * len(categories)))
+    for row, one in enumerate(scored):
+        column = 2 * categories.index(one.sample.groups["category"][0])
+        right, yes = bool(one.verdicts[way].score), one.sample.gold == ("yes",)
+        terms[row, column : column + 2] = 2 * (right and yes), (yes == right) + yes  # said yes, and is yes
+    return terms
+
+
+def _f1(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 100 * share(sums[..., ::2], sums[..., 1::2]).mean(-1)
+
+
+F1 = Metric("f1", _f1_terms, _f1)
 
 
 def _binary(scored: Sequence[Scored], way: str) -> dict[str, float]:

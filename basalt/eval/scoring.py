@@ -8,7 +8,20 @@ from typing import Any
 
 from basalt.data.readers import DataError
 from basalt.eval import mm_vet, mmmu, pope, scienceqa, textvqa, vqa
-from basalt.eval.benchmark import MISSING, OFFICIAL, STRICT, Rule, Sample, Scored, Verdict, accuracy, by_group
+from basalt.eval.benchmark import (
+    ACCURACY,
+    MISSING,
+    OFFICIAL,
+    STRICT,
+    Metric,
+    Rule,
+    Sample,
+    Scored,
+    Verdict,
+    accuracy,
+    by_group,
+    mean_metric,
+)
 from basalt.eval.records import MAX_GAP, Gaps, join, read_predictions
 
 Figures = dict[str, dict[str, float]]  # of each way of scoring its metrics, in percent, the main one first
@@ -23,14 +36,17 @@ class Benchmark:
     read_predictions: Callable[[Path, Sequence[Sample]], Mapping[str, Any]] = read_predictions
     measure: Callable[[Sequence[Scored], str], dict[str, float]] = accuracy
     ways: tuple[str, ...] = (OFFICIAL, STRICT)
+    metric: Metric = ACCURACY  # the main one of what is measured
 
 
 BENCHMARKS = {
     "mmmu": Benchmark(mmmu.read_samples, mmmu.score),
-    "mm-vet": Benchmark(mm_vet.read_samples, mm_vet.score, mm_vet.read_predictions, mm_vet.measure),
+    "mm-vet": Benchmark(
+        mm_vet.read_samples, mm_vet.score, mm_vet.read_predictions, mm_vet.measure, metric=mean_metric("score")
+    ),
     "scienceqa": Benchmark(scienceqa.read_samples, scienceqa.score, scienceqa.read_predictions),
     "textvqa": Benchmark(textvqa.read_samples, textvqa.score, textvqa.read_predictions),
-    "pope": Benchmark(pope.read_samples, pope.score, measure=pope.measure),
+    "pope": Benchmark(pope.read_samples, pope.score, measure=pope.measure, metric=pope.F1),
     "vqa": Benchmark(vqa.read_samples, vqa.score, ways=(vqa.SOFT, vqa.EXACT, vqa.CONTAINS)),
 }
 

@@ -8,14 +8,17 @@ them in `golden`, with MMMU's own in `mmmu`.
 import ast
 import csv
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from basalt.eval.benchmark import OFFICIAL
+from basalt.eval.benchmark import ACCURACY, OFFICIAL
 from basalt.eval.mm_vet import run_scores
 from basalt.eval.mmmu import DRAWN
+from basalt.eval.pope import F1
 from basalt.eval.scoring import Scores, rescore
+from basalt.eval.uncertainty import interval
 
 DATA = Path(os.environ.get("BASALT_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 GOLDEN = DATA / "golden"
@@ -90,6 +93,19 @@ def test_mmmu() -> None:
     drawn = [one for one in scores.scored if one.verdicts[OFFICIAL].rule is DRAWN]
     assert [one.prediction for one in drawn] == ["A) Josef Albers", "D", "C) Schachter-Singer Theory"]
     assert sum(one.verdicts[OFFICIAL].score for one in scores.scored if one not in drawn) == 328
+
+
+def test_the_uncertainty_of_the_published_answers() -> None:
+    """A standard error of POPE's mean F1 that knows of shared pictures, and half widths of MMMU's and ScienceQA's."""
+    scored = rescore("pope", GOLDEN / "pope", GOLDEN / "pope/answers/llava-v1.5-13b.jsonl").scored
+    found = interval(scored, OFFICIAL, F1)
+    assert (found.high - found.low) / 2 / 1.96 == pytest.approx(0.65, abs=0.02)
+    alone = [replace(one, sample=replace(one.sample, cluster="")) for one in scored]
+    naive = interval(alone, OFFICIAL, F1)
+    assert (naive.high - naive.low) / 2 / 1.96 == pytest.approx(0.40, abs=0.02)
+    mmmu = rescore("mmmu", DATA / "mmmu/validation.parquet", GOLDEN / "mmmu/llava1.5_13b").scored
+    found = interval(mmmu, OFFICIAL, ACCURACY)
+    assert (found.high - found.low) / 2 == pytest.approx(3.1, abs=0.1)
 
 
 def table(path: Path) -> dict[str, str]:
