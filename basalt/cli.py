@@ -160,12 +160,17 @@ def score(
     intersection: Annotated[bool, typer.Option("--intersection", help="score the answered samples alone")] = False,
     max_gap: Annotated[float, typer.Option(min=0, max=1, help="the share that may be missing")] = 0.01,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    out: Annotated[Path | None, typer.Option(help="keep it as a run's directory, to report and compare with")] = None,
+    name: Annotated[str, typer.Option(help="with --out: whose answers they are")] = "",
 ) -> None:
     """Scores stored answers, by the benchmark's own rules and strictly; asks no model."""
+    from basalt.eval.run import Task, keep
     from basalt.eval.scoring import rescore
     from basalt.eval.tables import print_scores
 
     def work() -> None:
+        if out is not None:
+            keep(Task(benchmark, data), predictions, name or predictions.stem, out)
         scores = rescore(benchmark, data, predictions, max_gap=max_gap, intersection=intersection)
         if as_json:
             typer.echo(json.dumps(scores.as_json(), ensure_ascii=False))

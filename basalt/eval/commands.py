@@ -1,4 +1,4 @@
-"""`basalt eval run`, `rescore`, `calibrate`, `contamination`."""
+"""`basalt eval run`, `rescore`, `calibrate`, `contamination`, `gate`, `report`, `browse`, `conformance`."""
 
 from __future__ import annotations
 
@@ -173,6 +173,27 @@ def contamination(
             known = {sample.id: answers[sample.id] for sample in clean if sample.id in answers}
             told["clean_scores"] = score_answers(benchmark, clean, known).overall if clean else None
         typer.echo(json.dumps(told, ensure_ascii=False, indent=2))
+
+
+@app.command("gate")
+def gate(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="directories of runs")],
+    against: Annotated[list[Path] | None, typer.Option(help="the run of an older version; repeatable")] = None,
+    minimum: Annotated[list[str] | None, typer.Option(metavar="BENCHMARK=SCORE", help="percent; repeatable")] = None,
+) -> None:
+    """Exit code 1 where a version is significantly worse than an older one, under a threshold, or without a score."""
+    from basalt.eval.gate import gate as check_all
+    from basalt.eval.results import load_result
+    from basalt.eval.tables import print_checks
+
+    with _told_plainly():
+        wanted = {name: float(value) for name, value in _fields(minimum).items()}
+        checks = check_all(
+            [load_result(path) for path in results], [load_result(path) for path in against or []], wanted
+        )
+    print_checks(checks)
+    if any(check.problems for check in checks):
+        raise typer.Exit(1)
 
 
 def _show(result: Result, as_json: bool) -> None:

@@ -5,7 +5,8 @@ The directory of a run holds
     failures.jsonl  what was not: id, state, kind of trouble, the server's words
     grades.json     of MM-Vet, with a judge: its verdicts, in the form of the official evaluator
     manifest.json   what all that depends on, with a hash over it
-    verdicts.jsonl  of each sample the score, by each way of scoring, and the rule that gave it; where there are scores
+    verdicts.jsonl  of each sample where it counts, and by each way of scoring the score and the rule that gave it;
+                    where there are scores
     scores.json     the scores, or why there are none, with the hash of the report: the same for the same outcome
     run.json        what differs from run to run: when, how long, at what cost
 
@@ -30,7 +31,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from basalt.data.readers import DataError
 from basalt.eval import judge as judging
 from basalt.eval.asking import LIMITS, Asked, Asker, Limits, Outcome, Price, Progress, Question
-from basalt.eval.benchmark import Sample, Verdict
+from basalt.eval.benchmark import Sample, Scored
 from basalt.eval.endpoint import Endpoint
 from basalt.eval.judge import Agreement, Grading, Judge
 from basalt.eval.mm_vet import Grade
@@ -162,10 +163,47 @@ def rescore(directory: Path, data: Path | None = None) -> Result:
     return Result(directory, _score(directory, task, samples), progress, run["stopped"])
 
 
+def keep(task: Task, predictions: Path, name: str, out: Path) -> Result:
+    """Scores anybody's answers (of MM-Vet: GPT-4's stored grades) and keeps them as a run's directory.
+
+    So they are compared with, sample by sample, as the answers of a model that was asked.
+
+    Raises:
+        DataError: a file is not as it should be.
+    """
+    samples = task.samples()
+    found = find(task.benchmark).read_predictions(predictions, samples)
+    out.mkdir(parents=True, exist_ok=True)
+    judged = task.benchmark in JUDGED
+    graded = {id: {"score": one.scores, "content": one.replies} for id, one in found.items()} if judged else {}
+    _write(out / GRADES, graded)
+    _write_lines(out / ANSWERS, [] if judged else [{"id": id, "prediction": text} for id, text in found.items()])
+    _write_lines(out / FAILURES, [])
+    manifest = {
+        "benchmark": task.benchmark,
+        "data": digest_of(task.data),
+        "samples": len(samples),
+        "blind": task.blind,
+        "predictions": digest_of(predictions),
+        "model": {"model": name, "version": None, "fingerprint": None},
+        "judge": "stored grades" if judged else None,
+    }
+    run = {
+        "started": time.time(),
+        "data": str(task.data.resolve()),
+        "images": str(task.images.resolve()) if task.images else None,
+        "limit": task.limit,
+        "stopped": "",
+    }
+    _write(out / RUN, run)
+    _write(out / MANIFEST, manifest)
+    return Result(out, _score(out, task, samples), Progress(len(samples), kept=len(found)))
+
+
 def read_verdicts(directory: Path) -> dict[str, dict[str, Any]]:
     """Of each scored sample of a run, by its id, what each way of scoring says."""
     lines = (directory / VERDICTS).read_text().splitlines()
-    return {record.pop("id"): record for record in map(json.loads, lines)}
+    return {record["id"]: record["verdicts"] for record in map(json.loads, lines)}
 
 
 async def fetch(name: str, store: ObjectStore, folder: Path) -> Path:
@@ -268,7 +306,7 @@ def _score(directory: Path, task: Task, samples: Sequence[Sample]) -> dict[str, 
     scores = {
         "status": status,
         "why": why,
-        "answered": len(answers),
+        "answered": len(answers) or len(grades),
         "failures": dict(Counter(one["trouble"] or one["state"] for one in failures)),
         **({"judging": _judged(grades)} if grades else {}),
         **scored,
@@ -276,11 +314,7 @@ def _score(directory: Path, task: Task, samples: Sequence[Sample]) -> dict[str, 
     }
     _write(directory / MANIFEST, manifest)
     _write(directory / SCORES, scores)
-    verdicts = [
-        {"id": one.sample.id} | {way: _verdict(verdict) for way, verdict in one.verdicts.items()}
-        for one in (found.scored if found else [])
-    ]
-    _write_lines(directory / VERDICTS, verdicts)
+    _write_lines(directory / VERDICTS, [_verdicts(one) for one in (found.scored if found else [])])
     return scores
 
 
@@ -309,13 +343,26 @@ def _scores(
         return "refused", str(error), None
 
 
-def _verdict(verdict: Verdict) -> dict[str, Any]:
-    return {"score": verdict.score, "rule": verdict.rule.name, "answer": verdict.answer}
+def _verdicts(one: Scored) -> dict[str, Any]:
+    sample = one.sample
+    return {
+        "id": sample.id,
+        "cluster": sample.cluster,
+        "groups": sample.groups,
+        "gold": sample.gold,
+        "verdicts": {
+            way: {"score": verdict.score, "rule": verdict.rule.name, "answer": verdict.answer}
+            for way, verdict in one.verdicts.items()
+        },
+    }
 
 
 def _uncalibrated(manifest: Mapping[str, Any]) -> str | None:
     """Why a judge's numbers are not printed; `None` where they may be."""
-    judge, calibration = manifest["judge"], manifest["calibration"]
+    judge = manifest["judge"]
+    if judge == "stored grades":
+        return None
+    calibration = manifest["calibration"]
     if calibration is None:
         return "nothing is known of how the judge agrees with GPT-4: calibrate it (`basalt eval calibrate`)"
     if any(judge[name] != calibration["judge"][name] for name in ("model", "version", "prompt", "decoding")):

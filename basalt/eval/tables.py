@@ -1,8 +1,12 @@
 """Scores as tables for a terminal."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from basalt.eval.gate import Check
 from basalt.eval.scoring import Figures, Scores
 
 
@@ -18,6 +22,25 @@ def print_scores(scores: Scores) -> None:
     ):
         if ids:
             console.print(f"{len(ids)} {what}: {', '.join(ids[:10])}{', …' if len(ids) > 10 else ''}", markup=False)
+
+
+def print_checks(checks: Sequence[Check]) -> None:
+    """Prints what a gate found, a line a result."""
+    table = Table("benchmark", "model", "score", "older", "difference", "p", "")
+    for check in checks:
+        compared, found = check.comparison, check.score
+        table.add_row(
+            check.result.benchmark,
+            check.result.name,
+            f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]" if found else "",
+            f"{compared.first:.1f} ({check.against.name})" if compared and check.against else "",
+            f"{compared.difference.value:+.1f} [{compared.difference.low:+.1f}, {compared.difference.high:+.1f}]"
+            if compared
+            else "",
+            f"{check.p:.2g}" if check.p is not None else "",
+            f"[bold red]fails[/]: {escape('; '.join(check.problems))}" if check.problems else "[green]passes[/]",
+        )
+    Console().print(table)
 
 
 def _figures(scores: Scores) -> Table:
