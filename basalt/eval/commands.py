@@ -196,6 +196,24 @@ def gate(
         raise typer.Exit(1)
 
 
+@app.command("conformance")
+def conformance(
+    data: Annotated[Path, typer.Option(help="the folder of public data with `golden` in it", exists=True)],
+) -> None:
+    """Scores LLaVA-1.5-13B's published answers; exit code 1 where a figure is not the published one."""
+    from basalt.eval import conformance as conforming
+
+    with _told_plainly():
+        found = {benchmark: conforming.check(benchmark, data) for benchmark in conforming.GOLDEN}
+    conforming.write_record(found)
+    for benchmark, one in found.items():
+        for name, expected in one.expected.items():
+            told = "exact" if one.found[name] == expected else f"NOT {expected}"
+            typer.echo(f"{benchmark:10} {name:28} {one.found[name]:>6}  {told}")
+    if not all(one.exact for one in found.values()):
+        raise typer.Exit(1)
+
+
 def _show(result: Result, as_json: bool) -> None:
     scores = result.scores
     if as_json:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from basalt.eval.benchmark import ACCURACY, OFFICIAL
+from basalt.eval.conformance import GOLDEN, check, read_record
 from basalt.eval.mm_vet import run_scores
 from basalt.eval.mmmu import DRAWN
 from basalt.eval.pope import F1
@@ -21,10 +22,10 @@ from basalt.eval.scoring import Scores, rescore
 from basalt.eval.uncertainty import interval
 
 DATA = Path(os.environ.get("BASALT_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
-GOLDEN = DATA / "golden"
+FILES = DATA / "golden"
 
 pytestmark = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason=f"the published answers are not here: no folder {GOLDEN} (set BASALT_DATA)"
+    not FILES.is_dir(), reason=f"the published answers are not here: no folder {FILES} (set BASALT_DATA)"
 )
 
 
@@ -36,8 +37,16 @@ def groups(scores: Scores, kind: str, metric: str) -> dict[str, float]:
     return {name: round(figures[OFFICIAL][metric], 1) for name, (_, figures) in scores.groups[kind].items()}
 
 
+@pytest.mark.parametrize("benchmark", GOLDEN)
+def test_every_published_figure_is_met_to_the_digit_by_the_code_as_recorded(benchmark: str) -> None:
+    """Else: `basalt eval conformance --data DATA`, which writes the record that reports show."""
+    found = check(benchmark, DATA)
+    assert found.found == found.expected
+    assert read_record(benchmark) == found
+
+
 def test_pope() -> None:
-    scores = rescore("pope", GOLDEN / "pope", GOLDEN / "pope/answers/llava-v1.5-13b.jsonl")
+    scores = rescore("pope", FILES / "pope", FILES / "pope/answers/llava-v1.5-13b.jsonl")
     assert {name: count for name, (count, _) in scores.groups["category"].items()} == {
         "random": 2910, "popular": 3000, "adversarial": 3000,
     }  # fmt: skip
@@ -49,8 +58,8 @@ def test_pope() -> None:
 def test_scienceqa() -> None:
     scores = rescore(
         "scienceqa",
-        GOLDEN / "scienceqa/llava_test_CQM-A.json",
-        GOLDEN / "scienceqa/answers/llava-v1.5-13b_output.jsonl",
+        FILES / "scienceqa/llava_test_CQM-A.json",
+        FILES / "scienceqa/answers/llava-v1.5-13b_output.jsonl",
     )
     samples, figures = scores.groups["context"]["image"]
     assert (len(scores.scored), samples) == (4241, 2017)
@@ -59,8 +68,8 @@ def test_scienceqa() -> None:
 
 
 def test_mm_vet() -> None:
-    results = GOLDEN / "mm-vet/results"
-    scores = rescore("mm-vet", GOLDEN / "mm-vet/mm-vet.json", results / "llava-v1.5-13b_gpt-4-grade-3runs.json")
+    results = FILES / "mm-vet/results"
+    scores = rescore("mm-vet", FILES / "mm-vet/mm-vet.json", results / "llava-v1.5-13b_gpt-4-grade-3runs.json")
     overall = table(results / "llava-v1.5-13b_gpt-4-cap-score-3runs.csv")
     names = {"rec", "ocr", "know", "gen", "spat", "math"}
     assert groups(scores, "capability", "score") == {name: float(overall[name]) for name in names}
@@ -79,7 +88,7 @@ def test_mm_vet() -> None:
 
 
 def test_textvqa() -> None:
-    textvqa = GOLDEN / "textvqa"
+    textvqa = FILES / "textvqa"
     scores = rescore("textvqa", textvqa / "TextVQA_0.5.1_val.json", textvqa / "answers/llava-v1.5-13b.jsonl")
     assert len(scores.scored) == 5000
     assert round(official(scores), 1) == 61.3
@@ -87,7 +96,7 @@ def test_textvqa() -> None:
 
 def test_mmmu() -> None:
     """36.6 by the official parser, which draws three answers; the 328 right without luck are the published 36.4."""
-    scores = rescore("mmmu", DATA / "mmmu/validation.parquet", GOLDEN / "mmmu/llava1.5_13b")
+    scores = rescore("mmmu", DATA / "mmmu/validation.parquet", FILES / "mmmu/llava1.5_13b")
     assert len(scores.scored) == 900
     assert round(official(scores), 1) == 36.6
     drawn = [one for one in scores.scored if one.verdicts[OFFICIAL].rule is DRAWN]
@@ -97,13 +106,13 @@ def test_mmmu() -> None:
 
 def test_the_uncertainty_of_the_published_answers() -> None:
     """A standard error of POPE's mean F1 that knows of shared pictures, and half widths of MMMU's and ScienceQA's."""
-    scored = rescore("pope", GOLDEN / "pope", GOLDEN / "pope/answers/llava-v1.5-13b.jsonl").scored
+    scored = rescore("pope", FILES / "pope", FILES / "pope/answers/llava-v1.5-13b.jsonl").scored
     found = interval(scored, OFFICIAL, F1)
     assert (found.high - found.low) / 2 / 1.96 == pytest.approx(0.65, abs=0.02)
     alone = [replace(one, sample=replace(one.sample, cluster="")) for one in scored]
     naive = interval(alone, OFFICIAL, F1)
     assert (naive.high - naive.low) / 2 / 1.96 == pytest.approx(0.40, abs=0.02)
-    mmmu = rescore("mmmu", DATA / "mmmu/validation.parquet", GOLDEN / "mmmu/llava1.5_13b").scored
+    mmmu = rescore("mmmu", DATA / "mmmu/validation.parquet", FILES / "mmmu/llava1.5_13b").scored
     found = interval(mmmu, OFFICIAL, ACCURACY)
     assert (found.high - found.low) / 2 == pytest.approx(3.1, abs=0.1)
 
