@@ -196,6 +196,47 @@ def gate(
         raise typer.Exit(1)
 
 
+@app.command("report")
+def report(
+    results: Annotated[list[Path] | None, typer.Argument(metavar="[RESULT]...", help="directories of runs")] = None,
+    against: Annotated[list[Path] | None, typer.Option(help="a result to compare them with; repeatable")] = None,
+    quality: Annotated[Path | None, typer.Option(help="JSON: captions and drawn scenes", exists=True)] = None,
+    out: Annotated[Path, typer.Option(help="the report; charts go to docs/images/eval beside it")] = Path(
+        "EVAL_REPORT.md"
+    ),
+) -> None:
+    """Writes the report: scores with their intervals beside LLaVA-1.5's, comparisons, charts, and what was not run."""
+    from basalt.eval.report import write_report
+    from basalt.eval.results import load_result
+
+    with _told_plainly():
+        write_report(
+            [load_result(path) for path in results or []],
+            out,
+            against=[load_result(path) for path in against or []],
+            quality=quality,
+        )
+    typer.echo(str(out))
+
+
+@app.command("browse")
+def browse(
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="the directory of a run")],
+    out: Annotated[Path, typer.Option(help="the folder to write; open its index.html")],
+    against: Annotated[Path | None, typer.Option(help="the run of an older version: what has become wrong")] = None,
+    data: Annotated[Path | None, typer.Option(help="the benchmark's file, if it is elsewhere now")] = None,
+    images: Annotated[Path | None, typer.Option(help="its pictures, if they are elsewhere now")] = None,
+) -> None:
+    """Makes a folder to look through samples in a browser: pictures, answers, rules, and flips between versions."""
+    from basalt.eval.browse import browse as write_pages
+    from basalt.eval.results import load_result
+
+    with _told_plainly():
+        older = load_result(against) if against else None
+        write_pages(load_result(result), out, against=older, data=data, images=images)
+    typer.echo(str(out / "index.html"))
+
+
 @app.command("conformance")
 def conformance(
     data: Annotated[Path, typer.Option(help="the folder of public data with `golden` in it", exists=True)],

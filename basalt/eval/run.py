@@ -150,17 +150,30 @@ def rescore(directory: Path, data: Path | None = None) -> Result:
     Raises:
         DataError: the directory holds no run, or the data is not what was asked.
     """
+    task, run = stored_task(directory, data)
+    samples = [replace(sample, images=()) for sample in task.samples()]
+    progress = Progress(len(samples), kept=len(samples))
+    return Result(directory, _score(directory, task, samples), progress, run["stopped"])
+
+
+def stored_task(directory: Path, data: Path | None = None, images: Path | None = None) -> tuple[Task, dict[str, Any]]:
+    """What was asked in a run's directory, and its run.json.
+
+    Args:
+        data, images: the benchmark's files, if they are no longer where they were.
+
+    Raises:
+        DataError: the directory holds no run, or the data is not what was asked.
+    """
     try:
         manifest, run = (json.loads((directory / name).read_text()) for name in (MANIFEST, RUN))
     except (OSError, ValueError) as error:
         raise DataError(f"{directory} is not the directory of a run: {error}") from error
-    images = Path(run["images"]) if run["images"] else None
+    images = images or (Path(run["images"]) if run["images"] else None)
     task = Task(manifest["benchmark"], data or Path(run["data"]), images, manifest["blind"], run["limit"])
     if digest_of(task.data) != manifest["data"]:
         raise DataError(f"{task.data} is not the data that was asked: it has changed, or is another file")
-    samples = [replace(sample, images=()) for sample in task.samples()]
-    progress = Progress(len(samples), kept=len(samples))
-    return Result(directory, _score(directory, task, samples), progress, run["stopped"])
+    return task, run
 
 
 def keep(task: Task, predictions: Path, name: str, out: Path) -> Result:
