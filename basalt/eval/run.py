@@ -437,11 +437,21 @@ def _digest(value: Any) -> str:
 
 
 def _write(path: Path, value: Any) -> None:
-    _write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    _write_text(path, _as_text(value, indent=2) + "\n")
 
 
 def _write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    _write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    _write_text(path, "".join(_as_text(record) + "\n" for record in records))
+
+
+def _as_text(value: Any, indent: int | None = None) -> str:
+    """JSON that people can read; escaped where an answer has half a surrogate pair, which no file can hold."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -25,22 +25,26 @@ def print_scores(scores: Scores) -> None:
 
 
 def print_checks(checks: Sequence[Check]) -> None:
-    """Prints what a gate found, a line a result."""
+    """Prints what a gate found: a row a result, then what is wrong."""
+    console = Console()
     table = Table("benchmark", "model", "score", "older", "difference", "p", "")
     for check in checks:
         compared, found = check.comparison, check.score
         table.add_row(
             check.result.benchmark,
-            check.result.name,
+            escape(check.result.name),
             f"{found.value:.1f} [{found.low:.1f}, {found.high:.1f}]" if found else "",
-            f"{compared.first:.1f} ({check.against.name})" if compared and check.against else "",
+            f"{compared.first:.1f} ({escape(check.against.name)})" if compared and check.against else "",
             f"{compared.difference.value:+.1f} [{compared.difference.low:+.1f}, {compared.difference.high:+.1f}]"
             if compared
             else "",
             f"{check.p:.2g}" if check.p is not None else "",
-            f"[bold red]fails[/]: {escape('; '.join(check.problems))}" if check.problems else "[green]passes[/]",
+            "[bold red]fails[/]" if check.problems else "[green]passes[/]",
         )
-    Console().print(table)
+    console.print(table)
+    for check in checks:
+        for problem in check.problems:
+            console.print(f"{check.result.benchmark}, {check.result.name}: {problem}", markup=False, soft_wrap=True)
 
 
 def _figures(scores: Scores) -> Table:
