@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from PIL import Image
 from sqlalchemy.orm import Session, sessionmaker
 
 from basalt.data.readers import DataError
@@ -29,6 +30,7 @@ Messages = list[dict[str, Any]]
 AHEAD = 16  # questions made ready before their turn
 LONGEST_BACK_OFF = 30.0  # seconds
 LONGEST_WAIT = 300.0  # seconds that a server's wish to wait is granted
+UNREADABLE = (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # Pillow's, of bad images
 WATCH = 0.2  # seconds between looks whether to stop
 
 
@@ -89,7 +91,7 @@ class Progress:
     kept: int = 0  # answers there were already
     asked: int = 0  # answers that this run brought
     failed: int = 0
-    limit: int = 0  # requests that may be under way now
+    limit: int = 0  # requests at once, the best number found so far
     seconds: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -278,7 +280,7 @@ class _Run:
     def __init__(self, asker: Asker, questions: Sequence[Question]) -> None:
         self.asker, self.questions = asker, questions
         self.outcomes: dict[str, Outcome] = {}
-        self.progress = Progress(len(questions), limit=asker.pace.limit)
+        self.progress = Progress(len(questions), limit=asker.pace.knee)
         self._began = time.monotonic()
         self._queue: asyncio.Queue[_Ready | None] = asyncio.Queue(AHEAD)
         self._same: dict[str, list[str]] = {}  # key → ids of the equal questions under way
@@ -327,7 +329,7 @@ class _Run:
         for question in questions:
             try:
                 messages = question.messages()
-            except (DataError, OSError, ValueError, SyntaxError) as error:  # the last is Pillow's for a broken PNG
+            except UNREADABLE as error:
                 made.append(_Ready(question, outcome=Outcome("bad image", trouble="bad image", message=str(error))))
                 continue
             request = self.asker.request(messages, question.run)
@@ -393,7 +395,7 @@ class _Run:
         self._changed()
 
     def _changed(self) -> None:
-        self.progress.limit = self.asker.pace.limit
+        self.progress.limit = self.asker.pace.knee
         self.progress.seconds = time.monotonic() - self._began
         self.asker._tell(self.progress)
 

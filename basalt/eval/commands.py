@@ -1,4 +1,4 @@
-"""`basalt eval run`, `rescore`, `calibrate`, `contamination`, `gate`, `report`, `browse`, `conformance`."""
+"""`basalt eval`: `run`, `rescore`, `calibrate`, `compare-judges`, `contamination`, `gate`, `report`, `browse`, …"""
 
 from __future__ import annotations
 
@@ -139,6 +139,20 @@ def calibrate(
     typer.echo(json.dumps(told["agreement"] | {"trusted": told["trusted"], "failures": told["failures"]}))
 
 
+@app.command("compare-judges")
+def compare_two_judges(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="the directory of a run of mm-vet")],
+    second: Annotated[Path, typer.Argument(metavar="OTHER", help="of one with another judge, of the same answers")],
+) -> None:
+    """How two judges agree: mean error and bias, quadratic kappa, share of equal scores."""
+    from dataclasses import asdict
+
+    from basalt.eval.run import compare_judges
+
+    with _told_plainly():
+        typer.echo(json.dumps(asdict(compare_judges(first, second))))
+
+
 @app.command("contamination")
 def contamination(
     benchmark: Annotated[str, typer.Argument(help="as for run")],
@@ -265,7 +279,7 @@ def _show(result: Result, as_json: bool) -> None:
             typer.echo(f"  {count} {trouble}")
         for way, figures in scores.get("scores", {}).items():
             typer.echo(f"{way}: " + ", ".join(f"{name} {value:.1f}" for name, value in figures.items()))
-        if scores["why"]:
+        if scores["why"] and not result.stopped:
             typer.echo(f"{scores['status']}: {scores['why']}")
         typer.echo(str(result.directory))
     if result.stopped:

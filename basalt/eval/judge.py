@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy.orm import Session, sessionmaker
 
-from basalt.eval.asking import LIMITS, Asked, Asker, Limits, Messages, Price, Progress, Question
+from basalt.eval.asking import LIMITS, Asked, Asker, Limits, Messages, Progress, Question
 from basalt.eval.benchmark import Sample
 from basalt.eval.endpoint import Endpoint, Served
 from basalt.eval.mm_vet import Grade
@@ -135,7 +135,6 @@ async def grade(
     sessions: sessionmaker[Session],
     *,
     limits: Limits = LIMITS,
-    price: Price | None = None,
     stop: Callable[[], bool] = lambda: False,
     tell: Callable[[Progress], None] = lambda _: None,
 ) -> Grading:
@@ -149,7 +148,7 @@ async def grade(
         raise ValueError("there are no answers to grade")
     verdicts: dict[tuple[str, int], tuple[float, str]] = {}
     trouble: dict[tuple[str, int], str] = {}
-    asker = Asker(judge.endpoint, dict(judge.decoding), sessions, limits=limits, price=price, stop=stop, tell=tell)
+    asker = Asker(judge.endpoint, dict(judge.decoding), sessions, limits=limits, stop=stop, tell=tell)
     pending = [(sample, answer, run) for sample, answer in answers for run in range(judge.runs)]
     progress, stopped = Progress(len(pending)), ""
     async with asker.open():

@@ -103,7 +103,6 @@ async def evaluate(
     calibration: Path | None = None,
     limits: Limits = LIMITS,
     price: Price | None = None,
-    judge_price: Price | None = None,
     stop: Callable[[], bool] = lambda: False,
     tell: Callable[[str, Progress], None] = lambda _, __: None,
 ) -> Result:
@@ -134,7 +133,6 @@ async def evaluate(
             answered,
             sessions,
             limits=limits,
-            price=judge_price,
             stop=stop,
             tell=lambda now: tell("judging", now),
         )
@@ -211,6 +209,21 @@ def keep(task: Task, predictions: Path, name: str, out: Path) -> Result:
     _write(out / RUN, run)
     _write(out / MANIFEST, manifest)
     return Result(out, _score(out, task, samples), Progress(len(samples), kept=len(found)))
+
+
+def compare_judges(first: Path, second: Path) -> Agreement:
+    """How the judges of two runs of MM-Vet agree on the answers that both runs have.
+
+    Raises:
+        DataError: the runs have no graded answer in common.
+    """
+    grades = [judging.mean_scores(_read_grades(directory / GRADES)) for directory in (first, second)]
+    answers = [read_predictions(directory / ANSWERS, []) for directory in (first, second)]
+    same = {id for id in answers[0].keys() & answers[1].keys() if answers[0][id] == answers[1][id]}
+    ours, theirs = ({id: score for id, score in scores.items() if id in same} for scores in grades)
+    if not ours.keys() & theirs.keys():
+        raise DataError(f"{first} and {second} have no graded answer in common")
+    return judging.agreement(ours, theirs)
 
 
 def read_verdicts(directory: Path) -> dict[str, dict[str, Any]]:

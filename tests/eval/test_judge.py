@@ -168,6 +168,8 @@ def test_a_judge_s_numbers_are_printed_once_it_is_calibrated(tmp_path: Path, mon
         scored = run(server, judge=judge, calibration=tmp_path / "calibration.json")
         assert len(server.bodies) == asked  # nothing new
         assert scored.scores["status"] == "scored" and scored.scores["scores"]["strict"]["score"] == 50.0
+        twice = CliRunner().invoke(app, ["eval", "compare-judges", str(tmp_path / "run"), str(tmp_path / "run")])
+        assert json.loads(twice.stdout) == {"samples": 20, "error": 0.0, "bias": 0.0, "kappa": 1.0, "same": 1.0}
         told["agreement"] |= {"kappa": 0.2}
         (tmp_path / "calibration.json").write_text(json.dumps(told))
         bad = run(server, judge=judge, calibration=tmp_path / "calibration.json")

@@ -23,6 +23,8 @@ class Stack:
     launcher: psutil.Process
     gateway: str
     ui: str
+    trainer: str
+    evaluator: str
     log: Path
 
     def client(self) -> openai.OpenAI:
@@ -75,6 +77,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             launcher.terminate()
             pytest.fail(f"the stack did not start:\n{log.read_text()[-4000:]}")
         time.sleep(0.5)
-    yield Stack(psutil.Process(launcher.pid), f"http://127.0.0.1:{gateway}", f"http://127.0.0.1:{ui}", log)
+    urls = [f"http://127.0.0.1:{port}" for port in (gateway, ui, trainer, evaluator)]
+    yield Stack(psutil.Process(launcher.pid), *urls, log)
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(60) == 0, log.read_text()[-4000:]
