@@ -1,4 +1,5 @@
-"""`basalt eval`: `run`, `rescore`, `calibrate`, `compare-judges`, `contamination`, `gate`, `report`, `browse`, …"""
+"""`basalt eval`: `run`, `rescore`, `calibrate`, `compare-judges`, `contamination`, `gate`, `report`, `browse`,
+`conformance`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,10 @@ from basalt.eval.results import load_result
 from tests.eval.test_report import asked, stored
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-HOSTILE = "</script><script>document.title = 'hijacked'</script><img src=x onerror=\"document.title='hijacked'\"> \ud800 \u2028"
+HOSTILE = (
+    "</script><script>document.title = 'hijacked'</script>"
+    "<img src=x onerror=\"document.title='hijacked'\"> \ud800 \u2028"
+)
 
 
 @pytest.fixture

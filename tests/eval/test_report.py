@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -125,8 +124,8 @@ def test_fallbacks_failures_and_gaps_are_told(tmp_path: Path) -> None:
 
 def test_a_result_without_a_score_says_why(tmp_path: Path) -> None:
     stored(tmp_path, "new", 90)
-    keep(Task("mmmu", tmp_path / "validation.parquet"), write_json(tmp_path / "a.json", {"validation_Math_0": "A"}), "s",
-         tmp_path / "short")  # fmt: skip
+    answers = write_json(tmp_path / "a.json", {"validation_Math_0": "A"})
+    keep(Task("mmmu", tmp_path / "validation.parquet"), answers, "s", tmp_path / "short")
     write_report([load_result(tmp_path / "short")], tmp_path / "r.md", recipes=tmp_path / "none")
     text = (tmp_path / "r.md").read_text()
     assert cells(text, "s, its stored answers scored here")[1] == "refused"
