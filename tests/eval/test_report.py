@@ -25,7 +25,7 @@ def write_mmmu(path: Path, count: int = 90) -> Path:
     rows = [
         {
             "id": f"validation_{SUBJECTS[number % 3]}_{number}", "question": f"Which is it, number {number}? <image 1>",
-            "options": "['one', 'two', 'three']", "answer": "ABC"[number % 3], "question_type": "multiple-choice",
+            "options": "['first', 'second', 'third']", "answer": "ABC"[number % 3], "question_type": "multiple-choice",
             "image_1": picture(colours[number % 3]),
         }
         for number in range(count)
