@@ -154,7 +154,7 @@ def list_assistants(root: Annotated[Path, typer.Option("--models")] = Path("mode
 
 @evaluate.command("score")
 def score(
-    benchmark: Annotated[str, typer.Argument(help="mmmu, mm-vet, scienceqa, textvqa, pope, or vqa for your own")],
+    benchmark: Annotated[str, typer.Argument(help="mmmu, mm-vet, scienceqa, textvqa, pope; captions, vqa: your own")],
     data: Annotated[Path, typer.Option(help="the benchmark's published file or folder")],
     predictions: Annotated[Path, typer.Option(help="the answers: JSONL of id and prediction; for mm-vet the grades")],
     intersection: Annotated[bool, typer.Option("--intersection", help="score the answered samples alone")] = False,

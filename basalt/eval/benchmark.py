@@ -41,7 +41,7 @@ class Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The share of a point, 0 to 1, that an answer earned, and by which rule."""
+    """The share of a point, 0 to 1, that an answer earned (of a caption its CIDEr-D), and by which rule."""
 
     score: float
     rule: Rule

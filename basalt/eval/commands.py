@@ -34,7 +34,7 @@ Field = Annotated[list[str] | None, typer.Option(metavar="FIELD=VALUE", help="of
 
 @app.command("run")
 def run(
-    benchmark: Annotated[str, typer.Argument(help="mmmu, mm-vet, scienceqa, textvqa, pope, or vqa for your own")],
+    benchmark: Annotated[str, typer.Argument(help="mmmu, mm-vet, scienceqa, textvqa, pope; captions, vqa: your own")],
     data: Annotated[str, typer.Option(help="the benchmark's published file or folder, or a key of the object store")],
     model: Annotated[str, typer.Option(help="who is asked")],
     images: Annotated[str | None, typer.Option(help="its pictures, a folder or tar, where they are beside it")] = None,

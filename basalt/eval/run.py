@@ -43,8 +43,8 @@ JUDGED = ("mm-vet",)  # benchmarks whose answers a model grades
 ANSWERS, FAILURES, GRADES = "answers.jsonl", "failures.jsonl", "grades.json"
 VERDICTS, MANIFEST, SCORES, RUN = "verdicts.jsonl", "manifest.json", "scores.json", "run.json"
 
-# Greedy, and as many tokens as LLaVA-1.5's own runs allow.
-MAX_TOKENS = {"mm-vet": 1024}
+# Greedy, and as many tokens as LLaVA-1.5's own runs allow; of captions enough for one sentence.
+MAX_TOKENS = {"mm-vet": 1024, "captions": 64}
 MAX_TOKENS_ELSE = 128
 
 Status = Literal["scored", "refused", "not judged", "judge not calibrated"]
@@ -265,7 +265,7 @@ def digest_of(path: Path) -> str:
 def parser_version(benchmark: str) -> str:
     """The digest of the code that reads and scores a benchmark's answers: whatever changes there changes it."""
     home = Path(__file__).parent
-    chosen = sys.modules[find(benchmark).score.__module__].__file__ or ""
+    chosen = sys.modules[find(benchmark).read_samples.__module__].__file__ or ""
     shared = [home / f"{name}.py" for name in ("benchmark", "letters", "records", "scoring", "vqa")]
     return _digest([path.read_text() for path in (*shared, Path(chosen))])
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from basalt.data.readers import DataError
-from basalt.eval import mm_vet, mmmu, pope, scienceqa, textvqa, vqa
+from basalt.eval import captions, mm_vet, mmmu, pope, scienceqa, textvqa, vqa
 from basalt.eval.benchmark import (
     ACCURACY,
     MISSING,
@@ -25,29 +25,45 @@ from basalt.eval.benchmark import (
 from basalt.eval.records import MAX_GAP, Gaps, join, read_predictions
 
 Figures = dict[str, dict[str, float]]  # of each way of scoring its metrics, in percent, the main one first
+Score = Callable[[Sample, Any], dict[str, Verdict]]  # of one answer, by each way
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a benchmark's module does: its files to samples, a file of answers by id, verdicts, metrics."""
+    """What a benchmark's module does: its files to samples, a file of answers by id, verdicts, metrics.
+
+    `scorer` makes of all samples what scores an answer to one of them.
+    """
 
     read_samples: Callable[[Path, Path | None], list[Sample]]
-    score: Callable[[Sample, Any], dict[str, Verdict]]
+    scorer: Callable[[Sequence[Sample]], Score]
     read_predictions: Callable[[Path, Sequence[Sample]], Mapping[str, Any]] = read_predictions
     measure: Callable[[Sequence[Scored], str], dict[str, float]] = accuracy
     ways: tuple[str, ...] = (OFFICIAL, STRICT)
     metric: Metric = ACCURACY  # the main one of what is measured
 
 
+def each(score: Score) -> Callable[[Sequence[Sample]], Score]:
+    """The scorer of a benchmark where a score depends on its sample alone."""
+    return lambda _: score
+
+
 BENCHMARKS = {
-    "mmmu": Benchmark(mmmu.read_samples, mmmu.score),
+    "mmmu": Benchmark(mmmu.read_samples, each(mmmu.score)),
     "mm-vet": Benchmark(
-        mm_vet.read_samples, mm_vet.score, mm_vet.read_predictions, mm_vet.measure, metric=mean_metric("score")
+        mm_vet.read_samples, each(mm_vet.score), mm_vet.read_predictions, mm_vet.measure, metric=mean_metric("score")
     ),
-    "scienceqa": Benchmark(scienceqa.read_samples, scienceqa.score, scienceqa.read_predictions),
-    "textvqa": Benchmark(textvqa.read_samples, textvqa.score, textvqa.read_predictions),
-    "pope": Benchmark(pope.read_samples, pope.score, measure=pope.measure, metric=pope.F1),
-    "vqa": Benchmark(vqa.read_samples, vqa.score, ways=(vqa.SOFT, vqa.EXACT, vqa.CONTAINS)),
+    "scienceqa": Benchmark(scienceqa.read_samples, each(scienceqa.score), scienceqa.read_predictions),
+    "textvqa": Benchmark(textvqa.read_samples, each(textvqa.score), textvqa.read_predictions),
+    "pope": Benchmark(pope.read_samples, each(pope.score), measure=pope.measure, metric=pope.F1),
+    "captions": Benchmark(
+        captions.read_samples,
+        captions.scorer,
+        measure=captions.measure,
+        ways=(captions.COCO,),
+        metric=mean_metric("cider"),
+    ),
+    "vqa": Benchmark(vqa.read_samples, each(vqa.score), ways=(vqa.SOFT, vqa.EXACT, vqa.CONTAINS)),
 }
 
 
@@ -136,9 +152,8 @@ def score_answers(
         raise DataError(f"{len(bare)} of {len(samples)} samples have no label, as {bare[0]!r}: no score is possible")
     pairs, gaps = join(samples, answers, max_gap=max_gap, intersection=intersection)
     wrong = dict.fromkeys(chosen.ways, Verdict(0.0, MISSING))
-    scored = [
-        Scored(sample, answer, wrong if answer is None else chosen.score(sample, answer)) for sample, answer in pairs
-    ]
+    score = chosen.scorer([sample for sample, _ in pairs])
+    scored = [Scored(sample, answer, wrong if answer is None else score(sample, answer)) for sample, answer in pairs]
     return tally(benchmark, scored, gaps)
 
 

@@ -85,7 +85,7 @@ def answers() -> list[str]:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_twenty_thousand_strange_answers_crash_nothing_and_score_the_same_twice(name: str, answers: list[str]) -> None:
     benchmark, sample = SAMPLES[name]
-    score = BENCHMARKS[benchmark].score
+    score = BENCHMARKS[benchmark].scorer([sample])
     assert len(answers) == 20_000
     first = [score(sample, answer) for answer in answers]
     assert [score(sample, answer) for answer in answers] == first
@@ -96,9 +96,9 @@ def test_twenty_thousand_strange_answers_crash_nothing_and_score_the_same_twice(
 @pytest.mark.parametrize("name", EXPLAINED)
 def test_every_difference_of_official_and_strict_is_explained(name: str, answers: list[str]) -> None:
     benchmark, sample = SAMPLES[name]
-    met, unexplained = Counter(), {}
+    score, met, unexplained = BENCHMARKS[benchmark].scorer([sample]), Counter(), {}
     for answer in answers:
-        verdicts = BENCHMARKS[benchmark].score(sample, answer)
+        verdicts = score(sample, answer)
         official, strict = verdicts[OFFICIAL], verdicts[STRICT]
         assert (Scored(sample, answer, verdicts).difference is None) == (official.score == strict.score)
         if official.score == strict.score:
