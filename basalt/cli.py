@@ -92,6 +92,17 @@ def make_scenes_command(
     _plainly(lambda: typer.echo(make_scenes(out, emoji=emoji, fonts=files, count=count, seed=seed, split=split)))
 
 
+@data.command("make-benchmarks")
+def make_benchmarks_command(
+    scenes: Annotated[Path, typer.Option(help="a folder of drawn scenes, of `make-scenes --test`", exists=True)],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+) -> None:
+    """Writes drawn scenes in the forms of POPE, ScienceQA and TextVQA, to try `basalt eval` on."""
+    from basalt.data.drawn_benchmarks import make_benchmarks
+
+    _plainly(lambda: typer.echo(make_benchmarks(scenes, out)))
+
+
 @data.command("make-chat")
 def make_chat(
     out: Annotated[Path, typer.Option(help="the folder for chat-train.json and chat-dev.json")],
