@@ -28,13 +28,16 @@ class Column:
     """A benchmark in the report.
 
     Attributes:
-        subset: kind and group of the samples that its headline score is over, if not of all.
         ask: what `basalt eval run` is given to run it, the files as they are published.
+        sizes: of the published split, in samples. Data of another size is somebody's own, in the benchmark's form: it
+            is never put beside published scores.
+        subset: kind and group of the samples that its headline score is over, if not of all.
     """
 
     title: str
     metric: str
-    ask: str
+    ask: str = ""
+    sizes: tuple[int, ...] = ()
     subset: tuple[str, str] | None = None
     charts: tuple[str, ...] = ()
 
@@ -44,18 +47,19 @@ class Column:
 
 
 COLUMNS = {
-    "mmmu": Column("MMMU (val)", "accuracy", "--data validation.parquet", charts=("discipline", "subject")),
+    "mmmu": Column("MMMU (val)", "accuracy", "--data validation.parquet", (900,), charts=("discipline", "subject")),
     "mm-vet": Column(
         "MM-Vet", "score", "--data mm-vet.json --images images --judge JUDGE --calibration judge.json",
-        charts=("capability",),
+        (218,), charts=("capability",),
     ),
     "scienceqa": Column(
-        "ScienceQA (IMG)", "accuracy", "--data ScienceQA/data --images ScienceQA/images/test", ("context", "image"),
-        charts=("subject", "grade"),
+        "ScienceQA (IMG)", "accuracy", "--data ScienceQA/data --images ScienceQA/images/test",
+        (4241,), ("context", "image"), charts=("subject", "grade"),
     ),
-    "textvqa": Column("TextVQA", "accuracy", "--data textvqa-validation.parquet"),
-    "pope": Column("POPE", "F1", "--data coco_pope --images val2014", charts=("category",)),
+    "textvqa": Column("TextVQA", "accuracy", "--data textvqa-validation.parquet", (5000,)),
+    "pope": Column("POPE", "F1", "--data coco_pope --images val2014", (8910, 9000), charts=("category",)),
 }  # fmt: skip
+OWN = {"captions": Column("Captions", "CIDEr-D × 100"), "vqa": Column("Own questions", "soft accuracy")}
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,15 @@ def write_report(
         DataError: two results are of the same benchmark and model.
     """
     every = [*against, *results]
-    if twice := [key for key, count in Counter((one.benchmark, one.name) for one in every).items() if count > 1]:
+    kinds = Counter((one.benchmark, one.name, one.manifest["data"]) for one in every)
+    if twice := [key for key, count in kinds.items() if count > 1]:
         raise DataError(f"two results of {twice[0][0]} and {twice[0][1]}: give one")
     charts = out.parent / "docs" / "images" / "eval"
     known = _quality(quality)
     parts = [
         _head(every),
         _table(every, known, recipes),
-        *(_benchmark(name, every, charts, out.parent) for name in _benchmarks(every)),
+        *(_section(title, of, charts, out.parent) for title, of in _sections(every).items()),
         _comparisons(_pairs(results, against)),
         _quality_section(known),
         _not_run(results, known, recipes),
@@ -155,11 +160,11 @@ def _table(results: Sequence[StoredResult], quality: dict[str, Any], recipes: Pa
             cells.append(f"{figure['value']:.1f}{told}" if figure else "")
         rows.append([f"{model['name']}, published only: unpaired", *cells])
     for who in dict.fromkeys(result.name for result in results):
-        by = {result.benchmark: result for result in results if result.name == who}
-        kept = any("predictions" in result.manifest for result in by.values())
+        by = {result.benchmark: result for result in results if result.name == who and _is_published(result)}
+        kept = any("predictions" in result.manifest for result in results if result.name == who)
         title = f"{who}, its stored answers scored here" if kept else f"**{who}**"
         rows.append([title, *(_headline(by[name]) if name in by else "not run" for name in COLUMNS)])
-    tested = {result.manifest["model"]["model"].split("@")[0] for result in results}
+    tested = {_model(result) for result in results}
     if quality and quality["model"] not in tested:
         rows.append([f"**{quality['model']}**", *["not run"] * len(COLUMNS)])
     rows += [[name, *["not trained yet"] * len(COLUMNS)] for name in _untrained(results, quality, recipes)]
@@ -191,7 +196,9 @@ def _unpaired(results: Sequence[StoredResult], published: dict[str, Any]) -> Ite
     for model in published["models"]:
         for result in results:
             figure = model["figures"].get(result.benchmark)
-            if not figure or not result.scored or result.blind or result.manifest["model"]["model"] == model["name"]:
+            if not figure or not result.scored or result.blind or not _is_published(result):
+                continue
+            if result.manifest["model"]["model"] == model["name"]:
                 continue
             if counted := COLUMNS[result.benchmark].counted(result.scored):
                 ours = result.interval(result.ways[0], counted)
@@ -206,13 +213,35 @@ def _unpaired(results: Sequence[StoredResult], published: dict[str, Any]) -> Ite
                 yield [*told, f"{model['name']} {figure['value']:.1f}", side]
 
 
-def _benchmark(name: str, results: Sequence[StoredResult], charts: Path, home: Path) -> str:
+def _is_published(result: StoredResult) -> bool:
+    """Whether it is over the published split of a benchmark, all or a part, and not over other data in its form."""
+    return result.benchmark in COLUMNS and result.whole in COLUMNS[result.benchmark].sizes
+
+
+def _title(result: StoredResult) -> str:
+    if result.benchmark not in COLUMNS:
+        return OWN[result.benchmark].title
+    title = COLUMNS[result.benchmark].title
+    return title if _is_published(result) else f"Own data in the form of {title}"
+
+
+def _sections(results: Sequence[StoredResult]) -> dict[str, list[StoredResult]]:
+    """By title: first the published benchmarks, then own data, each in the benchmarks' order."""
+    order = [*COLUMNS, *OWN]
+    found: dict[str, list[StoredResult]] = {}
+    for result in sorted(results, key=lambda one: (not _is_published(one), order.index(one.benchmark))):
+        found.setdefault(_title(result), []).append(result)
+    return found
+
+
+def _section(title: str, of: Sequence[StoredResult], charts: Path, home: Path) -> str:
     """One benchmark: ways of scoring, what the parsers did, and scores by group."""
-    of = [result for result in results if result.benchmark == name]
-    column = COLUMNS.get(name, Column(name, "accuracy", ""))
-    parts = [f"## {column.title}"]
+    name = of[0].benchmark
+    column = COLUMNS.get(name) or OWN[name]
+    prefix = name if _is_published(of[0]) or name in OWN else f"{name}-own"
+    parts = [f"## {title}"]
     if scored := [result for result in of if result.scored]:
-        parts += [_ways(scored), _judges(scored), _differences(scored)]
+        parts += [_ways(scored, column), _figures(scored), _judges(scored), _differences(scored)]
     parts += [
         f"**{result.name}**: {result.scores['status']}. {result.scores['why']}".rstrip()
         for result in of
@@ -221,7 +250,7 @@ def _benchmark(name: str, results: Sequence[StoredResult], charts: Path, home: P
     for kind in column.charts:
         groups = sorted({group for result in scored for group in by_group(result.scored, kind)})
         if 1 < len(groups) <= MAX_GROUPS:
-            path = charts / f"{name}-{kind}.png"
+            path = charts / f"{prefix}-{kind}.png"
             found = {
                 result.name: {
                     group: result.interval(result.ways[0], members)
@@ -229,12 +258,12 @@ def _benchmark(name: str, results: Sequence[StoredResult], charts: Path, home: P
                 }
                 for result in scored
             }
-            draw_groups(path, f"{column.title} by {kind}", groups, found, f"{column.metric}, %, official")
-            parts.append(f"![{column.title} by {kind}]({path.relative_to(home).as_posix()})")
+            draw_groups(path, f"{title} by {kind}", groups, found, f"{column.metric}, %, official")
+            parts.append(f"![{title} by {kind}]({path.relative_to(home).as_posix()})")
     return "\n\n".join(part for part in parts if part)
 
 
-def _ways(results: Sequence[StoredResult]) -> str:
+def _ways(results: Sequence[StoredResult], column: Column) -> str:
     rows = []
     for result in results:
         for way in result.ways:
@@ -250,8 +279,16 @@ def _ways(results: Sequence[StoredResult]) -> str:
                     *(_share(count, len(result.scored)) for count in shares),
                 ]
             )
-    header = ["", "scoring", "samples", "score of all", "fallbacks", "not read", "refusals", "not answered"]
+    header = ["", "scoring", "samples", f"{column.metric} of all", "fallbacks", "not read", "refusals", "not answered"]
     return _markdown(header, rows)
+
+
+def _figures(results: Sequence[StoredResult]) -> str:
+    """What else is measured, where a benchmark has more than one figure."""
+    figures = {(result.name, way): result.scores["scores"][way] for result in results for way in result.ways}
+    names = list(next(iter(figures.values())))[1:]
+    rows = [[who, way, *(f"{found[name]:.1f}" for name in names)] for (who, way), found in figures.items()]
+    return _markdown(["", "scoring", *(name.replace("_", " ") for name in names)], rows) if names else ""
 
 
 def _share(count: int, of: int) -> str:
@@ -320,7 +357,7 @@ def _comparisons(pairs: Sequence[Paired]) -> str:
         return ""
     rows = [
         [
-            COLUMNS[pair.second.benchmark].title if pair.second.benchmark in COLUMNS else pair.second.benchmark,
+            _title(pair.second),
             pair.second.name,
             pair.first.name,
             _shown(pair.comparison.difference, signed=True),
@@ -356,17 +393,20 @@ def _quality_section(quality: dict[str, Any]) -> str:
 
 
 def _not_run(results: Sequence[StoredResult], quality: dict[str, Any], recipes: Path) -> str:
+    models = sorted({_model(result) for result in results})
     ran = {
-        (result.manifest["model"]["model"].split("@")[0], result.benchmark) for result in results if not result.blind
+        (_model(result), result.benchmark)
+        for result in results
+        if not result.blind and _is_published(result) and result.run["limit"] is None
     }
-    ours = dict.fromkeys([model for model, _ in sorted(ran)] + ([quality["model"]] if quality else []))
+    ours = dict.fromkeys(models + ([quality["model"]] if quality else []))
     rows = [
         [model, column.title, f"`basalt eval run {name} {column.ask} --model {model}`"]
         for model in ours
         for name, column in COLUMNS.items()
         if (model, name) not in ran
     ]
-    text = "## What was not run\n\n" + _markdown(["", "", "the command that runs it"], rows) if rows else ""
+    text = "## What was not run in full\n\n" + _markdown(["", "", "the command that runs it"], rows) if rows else ""
     untrained = _untrained(results, quality, recipes)
     if untrained:
         commands = "\n".join(command for name in untrained for command in untrained[name])
@@ -376,7 +416,7 @@ def _not_run(results: Sequence[StoredResult], quality: dict[str, Any], recipes: 
 
 def _untrained(results: Sequence[StoredResult], quality: dict[str, Any], recipes: Path) -> dict[str, list[str]]:
     """Assistants that have a recipe and no result, with the commands in the first lines of their recipes."""
-    trained = {result.manifest["model"]["model"].split("@")[0] for result in results} | {quality.get("model")}
+    trained = {_model(result) for result in results} | {quality.get("model")}
     return {
         folder.name: [_first_line(folder / f"stage{stage}.yaml") for stage in (1, 2)]
         for folder in sorted(recipes.glob("*/"))
@@ -406,10 +446,9 @@ def _provenance(results: Sequence[StoredResult]) -> str:
     return f"{text}{table}\n\nOf all results together: `{every[:16]}`."
 
 
-def _benchmarks(results: Sequence[StoredResult]) -> list[str]:
-    """Those with a result: first the known ones in their order, then one's own."""
-    found = dict.fromkeys(result.benchmark for result in results)
-    return [name for name in COLUMNS if name in found] + [name for name in found if name not in COLUMNS]
+def _model(result: StoredResult) -> str:
+    """Without its version."""
+    return result.manifest["model"]["model"].split("@")[0]
 
 
 def _shown(found: Interval, *, signed: bool = False) -> str:

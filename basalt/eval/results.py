@@ -33,6 +33,11 @@ class StoredResult:
         return self.manifest["blind"]
 
     @property
+    def whole(self) -> int:
+        """How many samples the data has, of which a run may have been limited to some."""
+        return self.run["whole"]
+
+    @property
     def name(self) -> str:
         """Who answered: the model, with the first digits of its version where it has one."""
         model, version = self.manifest["model"]["model"], self.manifest["model"]["version"]

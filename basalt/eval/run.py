@@ -74,10 +74,19 @@ class Task:
         Raises:
             DataError: the files are not as published.
         """
+        return self.read()[0]
+
+    def read(self) -> tuple[list[Sample], int]:
+        """The samples, and how many there are without a limit.
+
+        Raises:
+            DataError: the files are not as published.
+        """
         every = find(self.benchmark).read_samples(self.data, self.images)
+        chosen = every
         if self.limit is not None and self.limit < len(every):
-            every = [every[number * len(every) // self.limit] for number in range(self.limit)]
-        return [replace(sample, images=()) for sample in every] if self.blind else every
+            chosen = [every[number * len(every) // self.limit] for number in range(self.limit)]
+        return [replace(sample, images=()) for sample in chosen] if self.blind else chosen, len(every)
 
     def full_decoding(self) -> dict[str, Any]:
         return {"temperature": 0, "max_tokens": MAX_TOKENS.get(self.benchmark, MAX_TOKENS_ELSE), **self.decoding}
@@ -118,7 +127,7 @@ async def evaluate(
         DataError: the benchmark's files are not as published.
     """
     began = time.time()
-    samples = task.samples()
+    samples, whole = task.read()
     decoding = task.full_decoding()
     asker = Asker(
         endpoint, decoding, sessions, limits=limits, price=price, stop=stop, tell=lambda now: tell("asking", now)
@@ -136,7 +145,7 @@ async def evaluate(
             stop=stop,
             tell=lambda now: tell("judging", now),
         )
-    return _finish(out, task, samples, endpoint, asked, began, judge, grading, calibration)
+    return _finish(out, task, samples, whole, endpoint, asked, began, judge, grading, calibration)
 
 
 def rescore(directory: Path, data: Path | None = None) -> Result:
@@ -182,7 +191,7 @@ def keep(task: Task, predictions: Path, name: str, out: Path) -> Result:
     Raises:
         DataError: a file is not as it should be.
     """
-    samples = task.samples()
+    samples, whole = task.read()
     found = find(task.benchmark).read_predictions(predictions, samples)
     out.mkdir(parents=True, exist_ok=True)
     judged = task.benchmark in JUDGED
@@ -204,6 +213,7 @@ def keep(task: Task, predictions: Path, name: str, out: Path) -> Result:
         "data": str(task.data.resolve()),
         "images": str(task.images.resolve()) if task.images else None,
         "limit": task.limit,
+        "whole": whole,
         "stopped": "",
     }
     _write(out / RUN, run)
@@ -274,6 +284,7 @@ def _finish(
     out: Path,
     task: Task,
     samples: Sequence[Sample],
+    whole: int,
     endpoint: Endpoint,
     asked: Asked,
     began: float,
@@ -302,6 +313,7 @@ def _finish(
         "data": str(task.data.resolve()),
         "images": str(task.images.resolve()) if task.images else None,
         "limit": task.limit,
+        "whole": whole,
         "url": endpoint.url,
         "stopped": asked.stopped or (grading.stopped if grading else ""),
         "asking": _told(asked),

@@ -2,19 +2,28 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from basalt.cli import app
-from basalt.eval import conformance
+from basalt.eval import conformance, report
 from basalt.eval.conformance import Conformance
-from basalt.eval.report import PUBLISHED, write_report
+from basalt.eval.report import COLUMNS, PUBLISHED, write_report
 from basalt.eval.results import load_result
 from basalt.eval.run import Task, keep, parser_version
 from tests.eval.published_files import picture, write_json, write_lines, write_parquet
+
+
+@pytest.fixture(autouse=True)
+def published_splits_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("mmmu", 90), ("scienceqa", 30)):
+        monkeypatch.setitem(report.COLUMNS, name, replace(COLUMNS[name], sizes=(size,)))
+
 
 IMAGES = [f"image_{number}" for number in range(1, 8)]
 SUBJECTS = ("Math", "Art", "History")
@@ -117,9 +126,9 @@ def test_fallbacks_failures_and_gaps_are_told(tmp_path: Path) -> None:
     path = asked(stored(tmp_path, "new", 90, **texts), "tiny")
     text = CliRunner().invoke(app, ["eval", "report", str(path), "--out", str(tmp_path / "r.md")])
     assert text.exit_code == 0, text.output
-    report = (tmp_path / "r.md").read_text()
-    assert re.search(r"\| official \| 90 \| 9\d\.\d \[.*\] \| 3\.3% \| – \| – \| – \|", report)
-    assert re.search(r"\| strict \| 90 \| 9\d\.\d \[.*\] \| – \| 1\.1% \| 1\.1% \| – \|", report)
+    told = (tmp_path / "r.md").read_text()
+    assert re.search(r"\| official \| 90 \| 9\d\.\d \[.*\] \| 3\.3% \| – \| – \| – \|", told)
+    assert re.search(r"\| strict \| 90 \| 9\d\.\d \[.*\] \| – \| 1\.1% \| 1\.1% \| – \|", told)
 
 
 def test_a_result_without_a_score_says_why(tmp_path: Path) -> None:
@@ -174,3 +183,39 @@ def test_groups_that_are_the_headline_are_scored_alone(tmp_path: Path) -> None:
     keep(Task("scienceqa", data), said, "m", tmp_path / "run")
     write_report([load_result(tmp_path / "run")], tmp_path / "r.md", recipes=tmp_path / "none")
     assert cells((tmp_path / "r.md").read_text(), "m, its stored answers scored here")[3].startswith("50.0 [")
+
+
+def test_own_data_in_a_benchmark_s_form_is_never_put_beside_published_scores(tmp_path: Path) -> None:
+    write_mmmu(tmp_path / "validation.parquet", 60)
+    said = write_json(tmp_path / "a.json", {f"validation_{SUBJECTS[n % 3]}_{n}": "A" for n in range(60)})
+    keep(Task("mmmu", tmp_path / "validation.parquet"), said, "m", tmp_path / "run")
+    asked(tmp_path / "run", "tiny")
+    write_report([load_result(tmp_path / "run")], tmp_path / "r.md", recipes=tmp_path / "none")
+    text = (tmp_path / "r.md").read_text()
+    assert cells(text, "**tiny@01234567**")[1:] == ["not run"] * 5
+    assert "## Own data in the form of MMMU (val)" in text and "LLaVA-1.5-7B 35.3" not in text
+    assert "`basalt eval run mmmu --data validation.parquet --model tiny`" in text
+    assert (tmp_path / "docs/images/eval/mmmu-own-subject.png").exists()
+
+
+def test_a_part_of_a_benchmark_says_so_and_how_the_whole_is_run(tmp_path: Path) -> None:
+    write_mmmu(tmp_path / "validation.parquet")
+    task = Task("mmmu", tmp_path / "validation.parquet", limit=30)
+    said = write_json(tmp_path / "a.json", {sample.id: "A" for sample in task.samples()})
+    keep(task, said, "m", tmp_path / "run")
+    write_report([load_result(asked(tmp_path / "run", "tiny"))], tmp_path / "r.md", recipes=tmp_path / "none")
+    text = (tmp_path / "r.md").read_text()
+    assert cells(text, "**tiny@01234567**")[1].endswith("], 30 samples")
+    assert "`basalt eval run mmmu --data validation.parquet --model tiny`" in text
+
+
+def test_captions_have_all_their_figures(tmp_path: Path) -> None:
+    references = {"a": ["a dog runs on grass"], "b": ["two men sit at tables"], "c": ["a red car"]}
+    data = write_lines(tmp_path / "c.jsonl", [{"image": name, "captions": texts} for name, texts in references.items()])
+    said = write_json(tmp_path / "a.json", {"a": "a dog runs", "b": "two men sit at tables", "c": ""})
+    keep(Task("captions", data), said, "m", tmp_path / "run")
+    write_report([load_result(tmp_path / "run")], tmp_path / "r.md", recipes=tmp_path / "none")
+    text = (tmp_path / "r.md").read_text()
+    assert "## Captions" in text and "CIDEr-D × 100 of all" in text
+    assert "| scoring | bleu 1 | bleu 2 | bleu 3 | bleu 4 |" in text
+    assert re.search(r"\| m \| coco-caption \| 3 \| \d+\.\d \[.*\] \| – \| 33\.3% \|", text)
