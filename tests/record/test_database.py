@@ -8,7 +8,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
+import basalt.record.answers
 import basalt.record.api_keys
+import basalt.record.evals
 import basalt.record.files
 import basalt.record.jobs  # noqa: F401 (their tables)
 from basalt.record.database import Base, migrate, open_database
