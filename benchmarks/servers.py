@@ -75,8 +75,10 @@ def make_weights(root: Path, loras: int = 8) -> Weights:
         return weights
     shutil.rmtree(weights.models, ignore_errors=True)
     torch.manual_seed(0)
-    config = SiglipVisionConfig(image_size=IMAGE_SIZE, patch_size=PATCH, vision_use_head=False)
-    tower: Any = SiglipVisionModel(config).to(torch.bfloat16)
+    config: Any = SiglipVisionConfig(image_size=IMAGE_SIZE, patch_size=PATCH)
+    config.vision_use_head = False
+    tower: Any = SiglipVisionModel(config)
+    tower.to(torch.bfloat16)
     tower.save_pretrained(root / "tower")
     lm: Any = AutoModelForCausalLM.from_pretrained(weights.base_lm, dtype=torch.bfloat16)
     _assistant(weights.models / "plain", root / "tower", config, lm.config)
@@ -99,7 +101,7 @@ def _assistant(directory: Path, tower: Path, vision: Any, lm: Any, lora_of: Path
         for name, value in adapted.named_parameters():
             if "lora_B" in name:
                 value.data.normal_(std=0.002)  # small, as after a short training: answers stay answers
-        adapted.save_pretrained(directory / "lora")
+        adapted.save_pretrained(str(directory / "lora"))
         lora = {"dir": "lora", "digest": _digest(directory / "lora/adapter_model.safetensors"), "rank": 16}
     manifest = {
         "name": directory.name,
@@ -137,7 +139,8 @@ def _peer(weights: Weights, tower: Any, lm: Any) -> None:
         vision_feature_layer=-2,
         image_seq_length=TOKENS,
     )
-    model: Any = LlavaForConditionalGeneration(config).to(torch.bfloat16)
+    model: Any = LlavaForConditionalGeneration(config)
+    model.to(torch.bfloat16)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     projector = load_projector(load_assistants(weights.models)["plain"])
     model.model.multi_modal_projector.load_state_dict(projector.state_dict())
@@ -182,9 +185,7 @@ def _rename_tower(directory: Path) -> None:
 
     path = directory / "model.safetensors"
     old, new = "vision_tower.", "vision_tower.vision_model."
-    weights = {
-        name if new in name else name.replace(old, new): value for name, value in load_file(path).items()
-    }
+    weights = {name if new in name else name.replace(old, new): value for name, value in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
 
 
@@ -253,6 +254,8 @@ def start_basalt(weights: Weights, var: Path, cores: int, model: str = "plain", 
         "BASALT_VAR": str(var),
         "BASALT_DATABASE": f"sqlite:///{var / 'basalt.db'}",
         "BASALT_MODELS_DIR": str(weights.models),
+        "BASALT_VERSIONS_DIR": str(var / "versions"),
+        "BASALT_HANDOFF_DIR": f"/dev/shm/{var.name}",
         "BASALT_BASE_LM_DIR": str(weights.base_lm),
         "BASALT_GATEWAY_PORT": str(gateway),
         "BASALT_VISION_PORT": str(vision),

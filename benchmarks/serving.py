@@ -250,7 +250,11 @@ def main(
         for (name, metric), (side, goal) in GOALS.items()
         if "ratio" in found.get(name, {})
     }
-    print(json.dumps({"benchmark": "serving", "cores": cores, "load_average_before": round(load, 1), **found, "reached": reached}))
+    print(
+        json.dumps(
+            {"benchmark": "serving", "cores": cores, "load_average_before": round(load, 1), **found, "reached": reached}
+        )
+    )
 
 
 if __name__ == "__main__":

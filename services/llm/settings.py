@@ -6,6 +6,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from basalt.handoff import default_directory
+
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BASALT_LLM_", extra="ignore")
@@ -14,6 +16,9 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=1, le=65535)
     models_dir: Path = Field(default=Path("models"), validation_alias="BASALT_MODELS_DIR")
     base_lm_dir: Path = Field(default=Path("var/base/smollm2-135m-instruct"), validation_alias="BASALT_BASE_LM_DIR")
+    versions_dir: Path = Field(default=Path("var/versions"), validation_alias="BASALT_VERSIONS_DIR")
+    # Where embeddings lie that come by reference.
+    handoff_dir: Path = Field(default_factory=default_directory, validation_alias="BASALT_HANDOFF_DIR")
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_model_len: int | None = Field(default=None, ge=1)  # tokens; the assistants' own context where not given
