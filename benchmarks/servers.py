@@ -233,11 +233,15 @@ class Server:
 
     def memory(self) -> int:
         """Bytes (PSS) of all its processes: each one's own, and its share of what several have together."""
-        total = 0
-        for process in self.processes.values():
-            root = psutil.Process(process.pid)
-            total += sum(each.memory_full_info().pss for each in [root, *root.children(recursive=True)])
-        return total
+        return sum(each.memory_full_info().pss for each in self.all_processes())
+
+    def cpu_seconds(self) -> float:
+        """That all its processes have used so far. On a busy machine it says more than the clock."""
+        return sum(times.user + times.system for times in (each.cpu_times() for each in self.all_processes()))
+
+    def all_processes(self) -> list[psutil.Process]:
+        roots = [psutil.Process(process.pid) for process in self.processes.values()]
+        return [each for root in roots for each in (root, *root.children(recursive=True))]
 
 
 def start_basalt(weights: Weights, var: Path, cores: int, model: str = "plain", **settings: str) -> Server:

@@ -40,6 +40,7 @@ class Answer:
 
     first: float  # seconds to the first token
     total: float  # seconds to the end
+    cpu: float  # seconds of all the side's processes meanwhile
     text: str
     prompt_tokens: int
     cached_tokens: int
@@ -66,6 +67,7 @@ class Client:
         }
         content = json.dumps(body).encode()
         text, usage, first = "", {}, None
+        cpu = self.server.cpu_seconds()
         began = time.perf_counter()
         headers = {"Content-Type": "application/json"}
         async with self.http.stream("POST", "/v1/chat/completions", content=content, headers=headers) as response:
@@ -84,7 +86,8 @@ class Client:
         assert first is not None, "no event held a choice"
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         total = time.perf_counter() - began
-        return Answer(first, total, text, usage["prompt_tokens"], cached, usage["completion_tokens"])
+        cpu = self.server.cpu_seconds() - cpu
+        return Answer(first, total, cpu, text, usage["prompt_tokens"], cached, usage["completion_tokens"])
 
 
 def picture(seed: int) -> str:
@@ -115,7 +118,7 @@ class Images:
 async def new_image(client: Client, images: Images) -> dict[str, float]:
     """Time to the first token of a question about an image never seen."""
     answer = await client.ask([about(images.new(), QUESTIONS[0])], tokens=1)
-    return {"ttft": answer.first}
+    return {"ttft": answer.first, "cpu_s": answer.cpu}
 
 
 async def seen_image(client: Client, images: Images) -> dict[str, float]:
@@ -123,7 +126,7 @@ async def seen_image(client: Client, images: Images) -> dict[str, float]:
     url = images.new()
     await client.ask([about(url, QUESTIONS[0])], tokens=1)
     answer = await client.ask([about(url, QUESTIONS[1])], tokens=1)
-    return {"ttft": answer.first}
+    return {"ttft": answer.first, "cpu_s": answer.cpu}
 
 
 async def concurrent_new(client: Client, images: Images) -> dict[str, float]:
