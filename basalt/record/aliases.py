@@ -13,7 +13,6 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from basalt.record.clock import now
 from basalt.record.database import Base
 
-PRODUCTION = "production"  # what an assistant's bare name means
 _ALIAS = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 _LIKE_A_VERSION = re.compile(r"[0-9a-f]{6,}")
 
