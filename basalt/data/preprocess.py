@@ -55,16 +55,16 @@ class Tokenizer:
         """Ids and labels of a conversation to learn from; an answer of weight 0 is read, not learned.
 
         Raises:
-            ValueError: placeholders and images do not match, or the template marks no assistant text, or also that
-                of weight 0.
+            ValueError: placeholders and images do not match, or the template does not mark the assistant's text.
         """
         rendered, spans = self._render(messages, generation_prompt=False)
         if not spans:
             raise ValueError("nothing to learn: no assistant turn, or a chat template without {% generation %}")
         answers = [message for message in messages if message["role"] == "assistant"]
-        learned = [answer for answer in answers if answer.get("weight") != 0]
-        if len(learned) < len(answers) and len(spans) != len(learned):
-            raise ValueError("the chat template must not mark answers of weight 0 with {% generation %}")
+        if any(answer.get("weight") == 0 for answer in answers):
+            if len(spans) != len(answers):
+                raise ValueError(f"the chat template marks {len(spans)} of {len(answers)} answers: weights need all")
+            spans = [span for span, answer in zip(spans, answers, strict=True) if answer.get("weight") != 0]
         ids, labels = [], []
         for token, start, end in self._tokens(rendered, _images(messages)):
             # Not told by its offsets: some tokenizers trim spaces from them, and leave a lone space none.

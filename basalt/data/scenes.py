@@ -82,7 +82,8 @@ class Material:
 def make_scenes(
     out: Path, *, emoji: list[Path], fonts: list[Path], count: int, seed: int, split: Split = "train", workers: int = 2
 ) -> Path:
-    """Draws `count` scenes into `out/images` and writes `out/scenes.json` and `out/boxes.json`.
+    """Draws `count` scenes into `out/images` and writes `out/scenes.json` and `out/boxes.json`, and the
+    rows of each kind also into `out/KIND.json`.
 
     Args:
         emoji: unpacked emoji packages (see `basalt.data.emoji`).
@@ -96,7 +97,9 @@ def make_scenes(
     with ProcessPoolExecutor(workers) as pool:
         drawn = list(pool.map(draw, range(count), chunksize=50))
     rows = [row for scene_rows, _ in drawn for row in scene_rows]
-    (out / "boxes.json").write_text(json.dumps({rows_[0]["image"]: boxes for rows_, boxes in drawn}))
+    (out / "boxes.json").write_text(json.dumps({scene_rows[0]["image"]: boxes for scene_rows, boxes in drawn}))
+    for kind in sorted({str(row["kind"]) for row in rows}):
+        (out / f"{kind}.json").write_text(json.dumps([row for row in rows if row["kind"] == kind]))
     target = out / "scenes.json"
     target.write_text(json.dumps(rows))
     return target

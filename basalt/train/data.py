@@ -17,7 +17,7 @@ from basalt.data.readers import DataSet
 from basalt.data.scenes import Box
 from basalt.data.selection import Counts, learnable, usable, with_images
 from basalt.train import parallel
-from basalt.train.features import FeatureCache, cached_features
+from basalt.train.features import FeatureCache, LiveFeatures, tower_features
 from basalt.train.recipe import DataSource, Recipe
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Source:
 
     groups: list[Group]
     weight: float
-    features: FeatureCache | None
+    features: FeatureCache | LiveFeatures | None
     boxes: dict[str, list[Box]]  # image name → what stands where; empty where that is not known
 
 
@@ -50,7 +50,11 @@ def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> Source:
     samples = learnable(((row, tokenizer.sample(row.messages)) for row in rows), recipe.row_length, counts)
     counts.check()  # before the tower is run for hours
     names = [name for row in rows for name in row.images]
-    cache = cached_features(recipe.tower, data, names, recipe.features) if names else None
+    cache = None
+    if names:
+        keep = recipe.keep_features if recipe.grounding is None else True  # grounding asks for each again and again
+        dtype = getattr(torch, recipe.dtype)
+        cache = tower_features(recipe.tower, data, names, recipe.features, dtype, keep=keep, epochs=recipe.epochs)
     samples = with_images(samples, {} if cache is None else cache.broken, counts)
     counts.check()
     chosen = ((row.images, sample) for row, sample in samples)
@@ -100,14 +104,27 @@ class Dealer:
 
     def batch(self, rows: Pass) -> Batch:
         """Rows of groups as tensors, with the features of their images in order."""
-        packed = pack(rows, pass_length(rows, self.recipe.row_length), self.pad_id)
-        features = [feature for row in rows for group in row for feature in self.features(group)]
+        shown = self._shown([group for row in rows for group in row])
+        there = [[group for group in row if len(shown[id(group)]) == len(group.images)] for row in rows]
+        packed = pack(there, pass_length(rows, self.recipe.row_length), self.pad_id)
+        features = [feature for row in there for group in row for feature in shown[id(group)]]
         return Batch(packed, torch.stack(features) if features else None)
 
     def features(self, group: Group) -> list[Tensor]:
         """Of each image of a group, `[tokens, tower_dim]`."""
-        cache = self._home[id(group)].features
-        return [] if cache is None else [cache[name] for name in group.images]
+        return self._shown([group])[id(group)]
+
+    def _shown(self, groups: list[Group]) -> dict[int, list[Tensor]]:
+        """The features of each group's images; fewer than it has images where one turns out to be broken."""
+        of: dict[int, dict[str, Tensor]] = {}
+        for source in self.sources:
+            mine = [name for group in groups if self._home[id(group)] is source for name in group.images]
+            of[id(source)] = source.features.of(list(dict.fromkeys(mine))) if source.features and mine else {}
+        shown = {}
+        for group in groups:
+            found = of[id(self._home[id(group)])]
+            shown[id(group)] = [found[name] for name in group.images if name in found]
+        return shown
 
     def steps_per_epoch(self) -> int:
         """By the packing of the first epoch; that of others differs by little."""

@@ -1,10 +1,11 @@
-"""Tower features computed once: the tower is frozen, so training need not run it again each epoch.
+"""The frozen tower's features: computed once and kept, as its images come again, or each time, where they do not fit.
 
-A cache is one file of bf16 `[images, tokens, width]`, memory-mapped, and an index of the image names.
+A cache is one file of `[images, tokens, width]` in the precision of training, memory-mapped, and an index of the
+image names.
 """
 
 import json
-from collections.abc import Iterator
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,41 +15,142 @@ from torch import Tensor
 from basalt.assistants import TowerSpec, sha256
 from basalt.data.images import ImageError, decode_image
 from basalt.data.readers import DataError, Images
+from basalt.data.selection import MAX_DROPPED
 from basalt.model.vision_encoder import load_vision_encoder
+from basalt.train import parallel
+
+DECODERS = 8  # threads that decode images
+BATCH = 32  # images that the tower sees together
 
 
 class FeatureCache:
-    """Features of a data set's images by name."""
+    """Features of a data set's images by name, read from a file."""
 
     def __init__(self, directory: Path) -> None:
         index = json.loads((directory / "index.json").read_text())
-        self.spec = TowerSpec.model_validate(index["tower"])
+        spec = TowerSpec.model_validate(index["tower"])
         self.rows: dict[str, int] = index["rows"]
         self.broken: dict[str, str] = index["broken"]  # image name → why
-        elements = len(self.rows) * self.spec.tokens * self.spec.width
-        flat = torch.from_file(str(directory / "features.bf16"), size=elements, dtype=torch.bfloat16)
-        self._features = flat.view(len(self.rows), self.spec.tokens, self.spec.width)
+        shape = (len(self.rows), spec.tokens, spec.width)
+        dtype = getattr(torch, index["dtype"])
+        elements = shape[0] * shape[1] * shape[2]
+        self._features = torch.from_file(str(directory / "features"), size=elements, dtype=dtype).view(shape)
 
     def __contains__(self, name: str) -> bool:
         return name in self.rows
 
     def __getitem__(self, name: str) -> Tensor:
-        """`[tokens, width]`, bf16."""
+        """`[tokens, width]`."""
         return self._features[self.rows[name]]
 
+    def of(self, names: list[str]) -> dict[str, Tensor]:
+        """`[tokens, width]` each."""
+        return {name: self[name] for name in names}
 
-def cached_features(spec: TowerSpec, source: Images, names: list[str], root: Path, *, batch: int = 32) -> FeatureCache:
+
+class Tower:
+    """The tower over one data set's images, on the device that trains."""
+
+    def __init__(self, spec: TowerSpec, source: Images, dtype: torch.dtype) -> None:
+        self._encoder = load_vision_encoder(spec).to(parallel.device(), dtype)
+        self._source = source
+        self._pool = ThreadPoolExecutor(DECODERS)
+
+    def see(self, names: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Features `[tokens, width]` by image name, and why those that have none cannot be decoded."""
+        pixels = dict(zip(names, self._pool.map(self._pixels, names), strict=True))
+        good = {name: item for name, item in pixels.items() if isinstance(item, Tensor)}
+        broken = {name: item for name, item in pixels.items() if isinstance(item, str)}
+        stacks = [torch.stack(list(good.values())[at : at + BATCH]) for at in range(0, len(good), BATCH)]
+        features = [row for stack in stacks for row in self._encoder(stack)]
+        return dict(zip(good, features, strict=True)), broken
+
+    def _pixels(self, name: str) -> Tensor | str:
+        try:
+            return self._encoder.preprocess(decode_image(self._source.read(name)))
+        except (ImageError, ValueError) as error:
+            return str(error)
+
+
+class LiveFeatures:
+    """Features computed each time they are asked for.
+
+    Attributes:
+        rows: the names of the images, those found broken on the way left out.
+        broken: image name → why it is not there or, as far as it was tried, cannot be decoded.
+    """
+
+    def __init__(self, spec: TowerSpec, source: Images, names: list[str], dtype: torch.dtype) -> None:
+        sizes = {name: _size(source, name) for name in sorted(set(names))}
+        self.rows = dict.fromkeys(name for name, size in sizes.items() if size is not None)
+        self.broken = {name: f"{source.path} holds no image {name!r}" for name, size in sizes.items() if size is None}
+        self._path, self._tower = source.path, Tower(spec, source, dtype)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.rows
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.of([name])[name]
+
+    def of(self, names: list[str]) -> dict[str, Tensor]:
+        """`[tokens, width]` each; one that cannot be decoded is left out.
+
+        Raises:
+            DataError: too many cannot be.
+        """
+        features, broken = self._tower.see([name for name in names if name not in self.broken])
+        for name, why in broken.items():
+            self.broken[name] = why
+            del self.rows[name]
+            if len(self.broken) > MAX_DROPPED * (len(self.rows) + len(self.broken)):
+                raise DataError(f"{self._path}: {len(self.broken)} images are broken, {name} the last: {why}")
+        return features
+
+
+def tower_features(
+    spec: TowerSpec,
+    source: Images,
+    names: list[str],
+    root: Path,
+    dtype: torch.dtype,
+    *,
+    keep: bool | None,
+    epochs: float | None,
+) -> FeatureCache | LiveFeatures:
+    """Features of a data set's images, kept or computed each time; says which, and why.
+
+    Args:
+        keep: None decides: kept where they fit half of the disk that is free, and are needed more than once.
+        epochs: how often each image is needed; None for often.
+    """
+    if keep is None:
+        count = len(set(names))
+        size = count * spec.tokens * spec.width * dtype.itemsize
+        root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root).free
+        keep = size <= free / 2 and (epochs is None or epochs > 1)
+        why = f"{size / 2**30:.1f} GiB of {free / 2**30:.0f} GiB free, each needed {epochs or 'many'} times"
+        print(f"{source.path.name}: features of {count} images {'kept' if keep else 'computed each time'} ({why})")
+    if keep:
+        return cached_features(spec, source, names, root, dtype)
+    return LiveFeatures(spec, source, names, dtype)
+
+
+def cached_features(
+    spec: TowerSpec, source: Images, names: list[str], root: Path, dtype: torch.dtype = torch.bfloat16
+) -> FeatureCache:
     """Opens the cache for these images under `root`, computing it first where it is not there.
 
     Known again by the tower and the images' names and sizes. An image that is missing or cannot be decoded is left
     out and named in `broken`; nothing takes its place.
     """
     images = [(name, _size(source, name)) for name in sorted(set(names))]
-    key = sha256(json.dumps([spec.model_dump(), images]).encode())[7:23]
-    directory = root / f"{source.path.stem}-{key}"
+    about = {"tower": spec.model_dump(), "dtype": str(dtype).removeprefix("torch.")}
+    directory = root / f"{source.path.stem}-{sha256(json.dumps([about, images]).encode())[7:23]}"
     if not (directory / "index.json").is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        _compute(spec, source, [name for name, _ in images], directory, batch)
+        rows, broken = _compute(Tower(spec, source, dtype), [name for name, _ in images], directory / "features")
+        (directory / "index.json").write_text(json.dumps(about | {"rows": rows, "broken": broken}))
     return FeatureCache(directory)
 
 
@@ -59,30 +161,15 @@ def _size(source: Images, name: str) -> int | None:
         return None
 
 
-def _compute(spec: TowerSpec, source: Images, names: list[str], directory: Path, batch: int) -> None:
-    tower = load_vision_encoder(spec).to(torch.bfloat16)
+def _compute(tower: Tower, names: list[str], target: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """Writes the features of all images that can be decoded; returns their rows, and why the others cannot."""
     rows: dict[str, int] = {}
     broken: dict[str, str] = {}
-
-    def pixels(name: str) -> Tensor | str:
-        try:
-            return tower.preprocess(decode_image(source.read(name)))
-        except (ImageError, ValueError) as error:
-            return str(error)
-
-    def batches() -> Iterator[tuple[list[str], list[Tensor | str]]]:
-        with ThreadPoolExecutor(2) as pool:
-            for start in range(0, len(names), batch):
-                group = names[start : start + batch]
-                yield group, list(pool.map(pixels, group))
-
-    with (directory / "features.bf16").open("wb") as file:
-        for group, decoded in batches():
-            good = [(name, item) for name, item in zip(group, decoded, strict=True) if isinstance(item, Tensor)]
-            broken.update((name, item) for name, item in zip(group, decoded, strict=True) if isinstance(item, str))
-            if good:
-                features = tower(torch.stack([item for _, item in good])).to(torch.bfloat16).contiguous()
-                file.write(features.view(torch.int16).numpy().tobytes())
-            for name, _ in good:
+    with target.open("wb") as file:
+        for at in range(0, len(names), BATCH):
+            features, not_seen = tower.see(names[at : at + BATCH])
+            broken |= not_seen
+            for name, feature in features.items():
+                file.write(feature.cpu().contiguous().view(torch.uint8).numpy().tobytes())
                 rows[name] = len(rows)
-    (directory / "index.json").write_text(json.dumps({"tower": spec.model_dump(), "rows": rows, "broken": broken}))
+    return rows, broken

@@ -2,9 +2,10 @@
 
 In a drawn scene it is known what every visual token shows: the box it lies in, or bare ground. The token is
 trained to point to the base LM's own embeddings of those words (or of that letter), so that the frozen LM is
-handed a picture as the words it shows, and a little of where each stands. A photo has no boxes: the words of its
-answers must be found somewhere among its tokens (multiple-instance learning; Maron & Lozano-Pérez 1998). No LM is
-run, so an image costs some fiftieth of what it costs in the stages.
+handed a picture as the words it shows, and a little of where each stands. The token with a thing's centre points to
+"one" too: things over several tokens can so be counted, and a letter is not read twice. A photo has no boxes: the
+words of its answers must be found somewhere among its tokens (multiple-instance learning; Maron & Lozano-Pérez 1998).
+No LM is run, so an image costs some fiftieth of what it costs in the stages.
 """
 
 import math
@@ -23,7 +24,7 @@ from basalt.data.preprocess import IGNORE
 from basalt.data.scenes import Box
 from basalt.train import parallel
 from basalt.train.data import Source
-from basalt.train.features import FeatureCache
+from basalt.train.features import FeatureCache, LiveFeatures
 from basalt.train.loop import Run
 from basalt.train.optimizer import MasterAdamW
 from basalt.train.phase import Phase
@@ -33,6 +34,7 @@ from basalt.train.recipe import Grounding
 GROUND = "background"  # the word for a token that lies in no box
 PLACES = ("top", "left", "middle", "right", "bottom")
 PLACE_SHARE = 0.15  # of a token's content that tells where it lies
+ONE, ONE_SHARE = "one", 0.15  # the word for a thing's centre, and its share of the token's content, for two at most
 COVERED = 0.35  # a box is a token's content where they overlap by this share of the smaller side, both ways
 SHARPNESS = 20.0  # cosines → logits
 COMMON, RARE = 0.12, 8  # words in more than this share, or in fewer than this many, of the photos tell nothing
@@ -43,13 +45,13 @@ Content = list[tuple[int, int, float]]  # (visual token, vocabulary id, share); 
 
 @dataclass(frozen=True)
 class Photo:
-    features: FeatureCache
+    features: FeatureCache | LiveFeatures
     name: str
     words: list[tuple[int, float]]  # vocabulary id → share
 
 
 def cell_contents(boxes: list[Box], side: int, ids_of: dict[str, list[int]]) -> Content:
-    """What each visual token of a `side` × `side` grid shows: each box by the area it covers, and its own place."""
+    """What each visual token of a `side` × `side` grid shows: boxes by area, centres of boxes, its own place."""
     shown: list[dict[int, float]] = [defaultdict(float) for _ in range(side * side)]  # vocabulary id → area
     for label, left, top, right, bottom in boxes:
         for cell, areas in enumerate(shown):
@@ -59,11 +61,18 @@ def cell_contents(boxes: list[Box], side: int, ids_of: dict[str, list[int]]) -> 
             if width > COVERED * min(1 / side, right - left) and height > COVERED * min(1 / side, bottom - top):
                 for token in ids_of[label]:
                     areas[token] += max(width * height, 1e-9) / len(ids_of[label])
+    centres = Counter(
+        min(int((top + bottom) / 2 * side), side - 1) * side + min(int((left + right) / 2 * side), side - 1)
+        for _, left, top, right, bottom in boxes
+    )
     content: Content = []
     for cell, areas in enumerate(shown):
         areas = areas or {ids_of[GROUND][0]: 1.0}
-        total = sum(areas.values())
-        shares = defaultdict(float, {token: (1 - PLACE_SHARE) * area / total for token, area in areas.items()})
+        ones = ONE_SHARE * min(centres[cell], 2)
+        scale = (1 - PLACE_SHARE - ones) / sum(areas.values())
+        shares = defaultdict(float, {token: scale * area for token, area in areas.items()})
+        if ones:
+            shares[ids_of[ONE][0]] += ones
         for place in _places(cell, side):
             shares[ids_of[place][0]] += PLACE_SHARE / 2
         content += [(cell, token, share) for token, share in shares.items()]
@@ -95,7 +104,7 @@ class Grounder:
         # A letter stands alone, as it does where a word is spelled; a word begins with its space.
         ids_of = {
             label: tokenizer(label if len(label) == 1 else f" {label}", add_special_tokens=False).input_ids
-            for label in sorted({*labels, GROUND, *PLACES})
+            for label in sorted({*labels, GROUND, ONE, *PLACES})
         }
         self.scenes = [
             (source.features, name, cell_contents(boxes, side, ids_of))

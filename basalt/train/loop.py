@@ -87,7 +87,6 @@ class Run:
     """One training run in its directory: the recipe's model and data, and what has been learned so far."""
 
     def __init__(self, recipe: Recipe, directory: Path) -> None:
-        torch.manual_seed(recipe.seed)
         directory.mkdir(parents=True, exist_ok=True)
         with parallel.leader_first():
             keep_recipe(recipe, directory / "recipe.json")
@@ -107,6 +106,8 @@ class Run:
         self.dealer = Dealer(sources, recipe, pad_id=0)
         self.steps = recipe.total_steps(self.dealer.steps_per_epoch())
         self.standardizer = Standardizer(recipe.tower.width)
+        torch.ones(1).sqrt()  # MKL's vector functions, first called by two threads at once, may round otherwise
+        torch.manual_seed(recipe.seed)  # here, as computing features on the way draws numbers too
         self.projector = Projector(recipe.tower.width, recipe.projector_hidden, self.lm.config.hidden_size)
         if recipe.start is None:
             self._start_afresh()
@@ -114,12 +115,16 @@ class Run:
             state = learned(recipe.start)
             self.projector.take(state["projector"], f"{recipe.start}, where this run starts,")
             self.standardizer.load_state_dict(state["standardizer"])
-        self.projector.to(self.device, torch.bfloat16)
+        self.projector.to(self.device, getattr(torch, recipe.dtype))
         self.standardizer.to(self.device)
 
     def _start_afresh(self) -> None:
         caches = [source.features for source in self.dealer.sources if source.features is not None]
-        sample = [cache[name] for cache in caches for name in list(cache.rows)[:: max(len(cache.rows) // 512, 1)]]
+        sample = [
+            feature.cpu()
+            for cache in caches
+            for feature in cache.of(list(cache.rows)[:: max(len(cache.rows) // 512, 1)]).values()
+        ]
         self.standardizer.measure(torch.stack(sample))
         self.projector.scale_output(float(self.lm.get_input_embeddings().weight.float().std()))
 
@@ -219,12 +224,12 @@ def nf4() -> BitsAndBytesConfig:
 
 
 def load_base_lm(recipe: Recipe, device: torch.device) -> Any:
-    """The frozen base LM, bf16, or quantised as the recipe says."""
+    """The frozen base LM, in the recipe's precision or quantised."""
     # Measured on two CPU cores with rows of 320 tokens: the plain product beats the fused CPU kernel's backward.
     attention = "sdpa" if device.type == "cuda" else "eager"
     quantized = None if recipe.quantize is None else nf4()
     lm: Any = AutoModelForCausalLM.from_pretrained(
-        recipe.base_lm, dtype=torch.bfloat16, attn_implementation=attention, quantization_config=quantized
+        recipe.base_lm, dtype=getattr(torch, recipe.dtype), attn_implementation=attention, quantization_config=quantized
     ).requires_grad_(False)
     if quantized is None:  # what is quantised was put there as it was loaded
         lm.to(device)

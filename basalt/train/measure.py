@@ -31,7 +31,9 @@ def measure_steps(recipe: Recipe, passes: list[Pass]) -> Measured:
     device = parallel.device()
     batches = [pack(rows, pass_length(rows, recipe.row_length), 0).to(device) for rows in chosen]
     shape = recipe.tower.tokens, recipe.tower.width
-    features = [torch.randn(len(batch.images), *shape, dtype=torch.bfloat16, device=device) for batch in batches]
+    features = [
+        torch.randn(len(batch.images), *shape, dtype=getattr(torch, recipe.dtype), device=device) for batch in batches
+    ]
     supervised = sum(len(batch.target) for batch in batches)
     began = 0.0
     for step in range(WARM + TIMED):
@@ -56,7 +58,7 @@ def _model(recipe: Recipe) -> tuple[MultimodalLlama, MasterAdamW]:
     device = parallel.device()
     lm = load_base_lm(recipe, device)
     projector = Projector(recipe.tower.width, recipe.projector_hidden, lm.config.hidden_size)
-    projector.to(device, torch.bfloat16)
+    projector.to(device, getattr(torch, recipe.dtype))
     rates = [(trainable(projector), recipe.projector_learning_rate)]
     if recipe.lora is not None:
         config = LoraConfig(r=recipe.lora.rank, target_modules=LINEARS, task_type="CAUSAL_LM")

@@ -27,6 +27,7 @@ class MasterAdamW:
             [{"params": [of[name] for name in parameters], "lr": rate} for parameters, rate in groups],
             betas=(0.9, 0.999),
             weight_decay=weight_decay,
+            fused=True,
         )
 
     def step(self, factor: float, clip: float) -> Tensor:

@@ -177,17 +177,31 @@ def test_nothing_to_learn_is_refused(tokenizer: Tokenizer) -> None:
         unmarked.sample(CONVERSATIONS["text only"])
 
 
-def test_an_answer_of_weight_0_is_read_and_not_learned(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("template", ["chatml", "llama3", "vicuna", "plain"])
+def test_an_answer_of_weight_0_is_read_and_not_learned(template: str) -> None:
+    rendering = (TEMPLATES / f"{template}.jinja").read_text()
+    tokenizer = Tokenizer(make_tokenizer(), rendering, IMAGE_TOKEN_ID, VISUAL_TOKENS)
     messages: list[dict[str, Any]] = [dict(message) for message in CONVERSATIONS["several turns"]]
     plain = tokenizer.sample(messages)
-    messages[1]["weight"] = 0
+    first, *others = (message for message in messages if message["role"] == "assistant")
+    first["weight"] = 0
     sample = tokenizer.sample(messages)
     assert sample.ids == plain.ids
-    assert learned(tokenizer, sample) == learned(tokenizer, plain)[1:]
-    marks_all = (TEMPLATES / "chatml.jinja").read_text().replace(" and message['weight'] != 0", "")
-    careless = Tokenizer(make_tokenizer(), marks_all, IMAGE_TOKEN_ID, VISUAL_TOKENS)
-    with pytest.raises(ValueError, match="must not mark answers of weight 0"):
-        careless.sample(messages)
+    told = "".join(learned(tokenizer.tokenizer, sample))
+    assert first["content"] not in told
+    assert all(other["content"] in told for other in others)
+    assert told and "".join(learned(tokenizer.tokenizer, plain)).endswith(told)
+
+
+def test_weights_need_a_template_that_marks_each_answer() -> None:
+    rendering = "{% for m in messages %}{% if loop.first %}{{ m['content'] }}{% endif %}{% endfor %}"
+    rendering += "{% generation %}{% for m in messages if m['role'] == 'assistant' %}{{ m['content'] }}{% endfor %}"
+    messages: list[dict[str, Any]] = [dict(message) for message in CONVERSATIONS["several turns"]]
+    messages[1]["weight"] = 0
+    messages[0]["content"] = "What is this?"
+    tokenizer = Tokenizer(make_tokenizer(), rendering + "{% endgeneration %}", IMAGE_TOKEN_ID, VISUAL_TOKENS)
+    with pytest.raises(ValueError, match="marks 1 of 3 answers"):
+        tokenizer.sample(messages)
 
 
 def test_spelled_words_are_tokens_a_letter_and_leave_no_trace() -> None:

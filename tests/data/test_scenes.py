@@ -77,7 +77,10 @@ def test_same_arguments_same_bytes_and_another_seed_others(package: Path, font: 
         return {file.name: file.read_bytes() for file in (tmp_path / name).rglob("*.j*")}
 
     first = make("first", 3, 2)
-    assert len(first) == 62  # 60 pictures, the rows and the boxes
+    rows = json.loads(first["scenes.json"])
+    kinds = {row["kind"] for row in rows}
+    assert len(first) == 60 + 2 + len(kinds)  # pictures, the rows and the boxes, the rows of each kind
+    assert sum(len(json.loads(first[f"{kind}.json"])) for kind in kinds) == len(rows)
     assert make("again", 3, 1) == first
     assert make("other", 4, 1)["scenes.json"] != first["scenes.json"]
 

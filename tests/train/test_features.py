@@ -1,13 +1,14 @@
 """The cache of tower features: when it is known again, and what it does with images that are not there."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from basalt.data.readers import ImageSource
-from basalt.train.features import cached_features
+from basalt.data.readers import DataError, ImageSource
+from basalt.train.features import FeatureCache, LiveFeatures, cached_features, tower_features
 from tests.train.conftest import TOWER
 
 
@@ -45,3 +46,45 @@ def test_images_that_are_missing_or_broken_are_named_and_nothing_takes_their_pla
     assert set(cache.broken) == {"broken.png", "gone.png"}
     assert "gone.png" not in cache
     assert "no image 'gone.png'" in cache.broken["gone.png"]
+
+
+def test_features_computed_each_time_are_those_that_are_kept(images: Path, tmp_path: Path) -> None:
+    names = ["red.png", "blue.png"]
+    for dtype in (torch.float32, torch.bfloat16):
+        kept = cached_features(TOWER, ImageSource(images), names, tmp_path / "cache", dtype)
+        live = LiveFeatures(TOWER, ImageSource(images), names, dtype)
+        for name, features in live.of(names).items():
+            assert features.dtype == dtype
+            torch.testing.assert_close(features, kept[name])
+
+
+def test_a_broken_image_found_on_the_way_is_left_out_until_there_are_too_many(images: Path) -> None:
+    for number in range(18):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(images / f"{number}.png")
+    live = LiveFeatures(TOWER, ImageSource(images), [path.name for path in images.iterdir()], torch.bfloat16)
+    (images / "1.png").write_bytes(b"not a picture")
+    assert list(live.of(["red.png", "1.png"])) == ["red.png"]
+    assert list(live.of(["1.png"])) == []
+    assert set(live.broken) == {"1.png"}
+    (images / "2.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"2 images are broken, 2\.png the last"):
+        live.of(["2.png"])
+
+
+@pytest.mark.parametrize(
+    ("free", "epochs", "kind"), [(10**9, 3, FeatureCache), (10**4, 3, LiveFeatures), (10**9, 1, LiveFeatures)]
+)
+def test_features_are_kept_where_they_fit_and_are_needed_again(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    free: int,
+    epochs: float,
+    kind: type,
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    root = tmp_path / "cache"
+    found = tower_features(TOWER, ImageSource(images), ["red.png"], root, torch.bfloat16, keep=None, epochs=epochs)
+    assert isinstance(found, kind)
+    assert ("kept" in capsys.readouterr().out) == (kind is FeatureCache)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from basalt.data.scenes import Box
-from basalt.train.grounding import GROUND, PLACE_SHARE, PLACES, Grounder, Photo, cell_contents
+from basalt.train.grounding import GROUND, ONE, ONE_SHARE, PLACE_SHARE, PLACES, Grounder, Photo, cell_contents
 from basalt.train.loop import Run
 from basalt.train.phase import never
 from basalt.train.recipe import Grounding, Recipe
@@ -19,6 +19,7 @@ from basalt.train.stage1_align import train_stage1
 
 NAMED = {GROUND: [0], "red": [1], "blue car": [2, 3]}
 IDS = NAMED | {place: [4 + index] for index, place in enumerate(PLACES)}
+IDS |= {ONE: [9]}
 WORDS = {token: word for word, tokens in IDS.items() for token in tokens}
 
 
@@ -31,7 +32,8 @@ def shown(boxes: list[Box], side: int) -> list[dict[str, float]]:
 
 
 def things(cell: dict[str, float]) -> dict[str, float]:
-    return {word: pytest.approx(share / (1 - PLACE_SHARE)) for word, share in cell.items() if word in NAMED}
+    told = 1 - PLACE_SHARE - cell.get(ONE, 0.0)
+    return {word: pytest.approx(share / told) for word, share in cell.items() if word in NAMED}
 
 
 def test_a_token_shows_the_boxes_it_lies_in() -> None:
@@ -41,6 +43,12 @@ def test_a_token_shows_the_boxes_it_lies_in() -> None:
         "red": 0.5,
         "blue car": 0.5,
     }
+
+
+def test_the_token_with_a_thing_s_centre_says_one() -> None:
+    row = ("red", 0.0, 0.0, 0.6, 0.3), ("red", 0.7, 0.0, 0.8, 0.3), ("red", 0.9, 0.0, 1.0, 0.3)
+    cells = shown([*row, *row, ("blue car", 0.0, 0.4, 1.0, 1.0)], 2)
+    assert [cell.get(ONE, 0) for cell in cells] == [2 * ONE_SHARE, 2 * ONE_SHARE, 0, ONE_SHARE]
 
 
 def test_a_token_tells_where_it_lies() -> None:

@@ -220,6 +220,16 @@ def test_compiled_training_is_the_same_training(
     assert compiled[-1]["held_out_loss"] == pytest.approx(plain[-1]["held_out_loss"], rel=0.01)
 
 
+def test_features_computed_each_time_train_the_same(stage2: Recipe, aligned: Path, tmp_path: Path) -> None:
+    """In float32, as the tower may round otherwise in another batch."""
+    runs = {}
+    for keep in (True, False):
+        update = {"start": aligned, "keep_features": keep, "dtype": "float32", "steps": 4, "checkpoint_every": 2}
+        train_stage2(stage2.model_copy(update=update), tmp_path / str(keep))
+        runs[keep] = [entry["loss"] for entry in log(tmp_path / str(keep))]
+    assert runs[True] == pytest.approx(runs[False], abs=1e-5)
+
+
 def test_passes_hold_rows_of_like_length(stage2: Recipe, aligned: Path, tmp_path: Path) -> None:
     dealer = Run(stage2.model_copy(update={"start": aligned}), tmp_path / "run").dealer
     for batch in dealer.step(0).batches + dealer.step(1).batches:

@@ -172,7 +172,7 @@ def test_data_that_is_not_what_it_says_fails_with_the_reason(trainer: Trainer, i
     client = trainer.client()
     wait(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "failed", 120)
     error = client.fine_tuning.jobs.retrieve(job_id).error
-    assert error is not None and "expected a list of rows" in error.message
+    assert error is not None and "is not a JSON list of rows" in error.message
 
 
 def test_the_command_line_submits_and_watches(
