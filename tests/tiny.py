@@ -1,7 +1,6 @@
 """Tiny real assistants: a SigLIP tower of random weights, shared, and a projector each."""
 
 import io
-import json
 import random
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from basalt.assistants import sha256
+from basalt.assistants import Manifest, seal, sha256
 from basalt.model.projector import Projector
 
 IMAGE_SIZE = 32
@@ -59,7 +58,7 @@ def make_assistant(models: Path, name: str, tower: Path, *, seed: int = 0, lm_di
         "base_lm": {"id": "tiny", "lm_dim": lm_dim, "context": 512, "image_token_id": 16},
         "chat_template": "chat_template.jinja",
     }
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    seal(directory, Manifest.model_validate(manifest))
     return directory
 
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 from fastapi import Request, Response
 
 from basalt.api_errors import bad_request
+from services.gateway.assistants import Assistants
 from services.gateway.images import ImageIntake, StoredImage
 from services.gateway.llm_client import HandoffMissed, LLMClient
 from services.gateway.schema import ChatRequest, parse_chat
@@ -16,6 +17,7 @@ from services.gateway.vision_client import VisionClient, VisualTokens
 
 T = TypeVar("T")
 
+VERSION_HEADER = "X-Basalt-Version"  # NAME@HEX of the assistant that answered
 CACHE_HEADER = "X-Basalt-Cache"  # of each image in order: embeddings, features or nothing
 CLIENT_GONE = 499  # nobody is there to see it; it is for the log
 
@@ -26,6 +28,7 @@ class Services:
 
     settings: Settings
     images: ImageIntake
+    assistants: Assistants
     vision: VisionClient
     llm: LLMClient
 
@@ -48,7 +51,8 @@ async def complete(request: Request, services: Services) -> Response:
 
 
 async def _answer(chat: ChatRequest, services: Services) -> Response:
-    await services.vision.check_model(chat.model)
+    version = await services.assistants.resolve(chat.model, chat.body)
+    chat = chat.for_version(version)
     images = await _take_images(chat, services)
     try:
         cached = await _replace_images(chat, images, services, by_reference=services.llm.sees_handoff())
@@ -56,6 +60,7 @@ async def _answer(chat: ChatRequest, services: Services) -> Response:
     except HandoffMissed:
         cached = await _replace_images(chat, images, services, by_reference=False)
         response = await services.llm.chat(chat.encode())
+    response.headers[VERSION_HEADER] = version
     if cached:
         response.headers[CACHE_HEADER] = ", ".join(cached)
     return response

@@ -87,16 +87,17 @@ class VisionClient:
         self._known = {assistant.name: assistant for assistant in answer.assistants}
         return list(answer.assistants)
 
-    async def check_model(self, name: str) -> None:
-        """Asks the service only about a name it has not told before, so text-only chat lives on without it.
+    async def version(self, name: str) -> str | None:
+        """The version, sha256:…, that the service has of an assistant in its own directory.
+
+        It is asked only about a name it has not told before, so text-only chat lives on without it.
 
         Raises:
-            APIError: 404 no such assistant; 503, 504.
+            APIError: 503, 504.
         """
         if name not in self._known:
             await self.assistants()
-        if name not in self._known:
-            raise self._unknown(name)
+        return self._known[name].version if name in self._known else None
 
     async def embed(self, model: str, image: StoredImage, param: str, *, by_reference: bool) -> VisualTokens:
         """The visual tokens of an image for an assistant.
@@ -121,8 +122,9 @@ class VisionClient:
             if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
                 raise bad_request(error.details() or "the image cannot be used", param, "invalid_image") from None
             if error.code() == grpc.StatusCode.NOT_FOUND:
-                self._known.pop(model, None)
-                raise self._unknown(model) from None
+                raise bad_request(
+                    error.details() or "there is no such model", "model", "model_not_found", 404
+                ) from None
             raise _told(error, self._embed_seconds) from None
         if answer.dtype not in DTYPES or len(answer.shape) != 2:
             log.error("vision answered with dtype %r and shape %s", answer.dtype, answer.shape)
@@ -130,12 +132,6 @@ class VisionClient:
         blob = Blob(answer.data, (answer.shape[0], answer.shape[1]), answer.dtype) if answer.data else None
         cached = vision_pb2.Cached.Name(answer.cached).removeprefix("CACHED_").lower()
         return VisualTokens(answer.digest, cached, blob)
-
-    def _unknown(self, name: str) -> APIError:
-        known = ", ".join(sorted(self._known)) or "none"
-        return bad_request(
-            f"there is no model {name[:100]!r}; there are: {known}", "model", "model_not_found", status=404
-        )
 
 
 def _told(error: grpc.aio.AioRpcError, seconds: float) -> APIError:

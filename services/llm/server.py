@@ -71,6 +71,7 @@ def vllm_arguments(settings: Settings, base_lm: BaseLM, assistants: list[Assista
         "port": str(settings.port),
         "dtype": settings.dtype,
         "max-model-len": str(settings.max_model_len or min(contexts)),
+        "block-size": str(settings.block_size),
         "max-num-seqs": str(settings.max_sequences),
         "max-num-batched-tokens": str(settings.max_batch_tokens),
         "override-generation-config": json.dumps({"temperature": settings.temperature}),

@@ -24,6 +24,7 @@ class Settings(StoreSettings):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_model_len: int | None = Field(default=None, ge=1)  # tokens; the assistants' own context where not given
     kv_cache_gib: int = Field(default=1, ge=1)  # on a CPU
+    block_size: int = Field(default=32, ge=16)  # tokens; what is reused of earlier prompts is whole blocks
     max_sequences: int = Field(default=32, ge=1)  # answered at the same time
     max_batch_tokens: int = Field(default=2048, ge=1)  # in one engine step
     max_loras: int = Field(default=8, ge=1)  # different LoRAs in one batch

@@ -138,6 +138,7 @@ def start(behind: tuple[ServedVision, LLMShaped, Served]) -> Iterator[Callable[.
             "BASALT_VISION_ADDRESS": vision.address,
             "BASALT_LLM_URL": llm_server.url,
             "BASALT_STORE": str(vision.store),
+            "BASALT_DATABASE": f"sqlite:///{vision.store.parent / 'basalt.db'}",
             "allow_private_hosts": "127.0.0.1",
             "fetch_connect_seconds": 30,
             "fetch_seconds": 60,

@@ -30,6 +30,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from basalt.assistants import Manifest, seal
+
 LM_DIM = 64
 CONTEXT = 1024
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -224,7 +226,7 @@ def make_assistant(
         "lora": lora,
         "chat_template": "chat_template.jinja",
     }
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    seal(directory, Manifest.model_validate(manifest))
 
 
 def _base_lm(directory: Path, model_class: Any, config_class: Any) -> Path:
