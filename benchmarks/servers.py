@@ -281,6 +281,62 @@ def start_basalt(weights: Weights, var: Path, cores: int, model: str = "plain", 
     return server
 
 
+def start_vision(weights: Weights, var: Path, shared: Path, cores: int) -> Server:
+    """The vision service alone; its `url` is its gRPC address.
+
+    Args:
+        shared: the hand-off directory.
+    """
+    (port,) = free_ports(1)
+    environment = os.environ | {
+        "BASALT_STORE": str(var / "objects"),
+        "BASALT_MODELS_DIR": str(weights.models),
+        "BASALT_VERSIONS_DIR": str(var / "versions"),
+        "BASALT_HANDOFF_DIR": str(shared),
+        "BASALT_VISION_PORT": str(port),
+        "BASALT_VISION_TORCH_THREADS": str(cores),
+    }
+    server = Server(f"127.0.0.1:{port}", "plain", block=0)
+    command = [sys.executable, "-m", "services.vision"]
+    server.processes["vision"] = _start(command, environment, var / "vision.log", cores)
+    _wait(server, var, lambda: _vision_serves(port))
+    return server
+
+
+def tiny_deep_lm(root: Path, lm_dim: int) -> Path:
+    """A Llama as wide as asked and otherwise as small as can be: what it computes takes next to no time."""
+    directory = root / f"llama-{lm_dim}"
+    if not directory.exists():
+        config: Any = AutoConfig.from_pretrained(prepare(root / "base"))
+        config.update({"hidden_size": lm_dim, "num_hidden_layers": 1, "intermediate_size": 64})
+        config.update({"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 64})
+        lm: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        lm.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(root / "base/smollm2-135m-instruct").save_pretrained(directory)
+    return directory
+
+
+def start_llm(base_lm: Path, var: Path, shared: Path, cores: int) -> Server:
+    """The LLM service alone, with one assistant without a LoRA, `tiny`."""
+    (port,) = free_ports(1)
+    config = AutoConfig.from_pretrained(base_lm)
+    vision = SiglipVisionConfig()
+    _assistant(var / "models/tiny", var, vision, config)
+    environment = os.environ | {
+        "BASALT_STORE": str(var / "objects"),
+        "BASALT_MODELS_DIR": str(var / "models"),
+        "BASALT_VERSIONS_DIR": str(var / "versions"),
+        "BASALT_HANDOFF_DIR": str(shared),
+        "BASALT_BASE_LM_DIR": str(base_lm),
+        "BASALT_LLM_PORT": str(port),
+    }
+    server = Server(f"http://127.0.0.1:{port}", "tiny", block=32)
+    command = [sys.executable, "-m", "services.llm"]
+    server.processes["llm"] = _start(command, environment, var / "llm.log", cores)
+    _wait(server, var, lambda: _healthy(f"{server.url}/health"))
+    return server
+
+
 def start_peer(weights: Weights, python: Path, var: Path, cores: int) -> Server:
     """vLLM's own OpenAI server on the Llava checkpoint, on as many cores."""
     (port,) = free_ports(1)
