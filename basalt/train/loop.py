@@ -115,7 +115,7 @@ class Run:
             self._start_afresh()
         else:
             state = learned(recipe.start)
-            self.projector.load_state_dict(state["projector"])
+            self.projector.take(state["projector"], f"{recipe.start}, where this run starts,")
             self.standardizer.load_state_dict(state["standardizer"])
         self.projector.to(self.device, getattr(torch, recipe.dtype))
         self.standardizer.to(self.device)

@@ -53,7 +53,8 @@ def test_a_job_trains_both_stages_and_publishes(
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "succeeded", trainer.log()
     assert job.fine_tuned_model is not None and job.fine_tuned_model.startswith("shapes@")
-    monkeypatch.setenv("BASALT_STORE", trainer.environment["BASALT_STORE"])
+    for name in ("BASALT_STORE", "BASALT_DATABASE"):
+        monkeypatch.setenv(name, trainer.environment[name])
     pulled = CliRunner().invoke(app, ["models", "pull", job.fine_tuned_model, "--models", str(tmp_path)])
     assert pulled.exit_code == 0, pulled.output
     local = LocalAssistant(load_assistant(tmp_path / "shapes"), trainer.directory / "tiny-lm")
