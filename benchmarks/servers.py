@@ -68,6 +68,11 @@ class Weights:
     models: Path  # assistants: `plain`, and `lora-1` … with a LoRA each
     peer: Path  # `plain` as one Llava checkpoint
 
+    def only(self, name: str, root: Path) -> "Weights":
+        """The same with one assistant alone, under `root`."""
+        shutil.copytree(self.models / name, root / "models" / name)
+        return Weights(self.base_lm, root / "models", self.peer)
+
 
 def make_weights(root: Path, loras: int = 8) -> Weights:
     """Writes the weights under `root`, unless they are there already."""
@@ -222,6 +227,8 @@ class Server:
     url: str
     model: str
     block: int  # tokens, of the prefix cache
+    models: list[str] = field(default_factory=list)  # that a scenario asks in turn
+    salted: bool = False  # nothing of one request's prefix is another's
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     starts: dict[str, Callable[[], subprocess.Popen[bytes]]] = field(default_factory=dict)
 
