@@ -31,7 +31,8 @@ from basalt.record.canaries import end_canary, set_canary
 from basalt.record.database import open_database
 from basalt.registry import publish
 
-EMBED_SECONDS, LLM_SECONDS = 6, 12  # the gateway's deadlines
+EMBED_SECONDS, LLM_SECONDS = 8, 24  # the gateway's deadlines
+DEADLINES = {"vision": EMBED_SECONDS, "llm": LLM_SECONDS, "redis": EMBED_SECONDS}
 NEEDS = {"vision": {"new", "seen"}, "llm": {"text", "new", "seen"}, "redis": set[str]()}
 KINDS = ("text", "new", "seen")
 
@@ -199,7 +200,7 @@ def main(
         }
         for name in NEEDS:
             for how in ("kill", "freeze"):
-                found[f"{how} {name}"] = asyncio.run(fault(server, name, how, hold))
+                found[f"{how} {name}"] = asyncio.run(fault(server, name, how, DEADLINES[name] + 4))
     reached = not found["promotion"]["failed"] and all(each.get("as_wanted", True) for each in found.values())
     load = round(os.getloadavg()[0], 1)
     print(json.dumps({"benchmark": "failures", "cores": cores, "load_average": load, **found, "reached": reached}))

