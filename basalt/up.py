@@ -6,12 +6,14 @@ after a pause that doubles while it keeps ending; the others are left alone.
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 
 import grpc
 import httpx
@@ -21,6 +23,7 @@ from celery import Celery
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from basalt import preflight
+from basalt.handoff import default_directory
 from basalt.preflight import HOST, ROOT, VAR, port
 from basalt.supervisor import Service, StartError, say
 
@@ -81,12 +84,19 @@ def services() -> list[Service]:
     return [Service(name, [sys.executable, *command], healthy, logs / f"{name}.log") for name, command, healthy in run]
 
 
+def handoff_directory() -> Path:
+    """This stack's own, so that stopping it frees the memory."""
+    shared = default_directory()
+    return shared.with_name(f"{shared.name}-{port('vision')}")
+
+
 def service_environment() -> dict[str, str]:
     """Where each service finds the others and keeps its files, and the launcher's own environment."""
     kept = {
         "BASALT_DATABASE": f"sqlite:///{VAR / 'basalt.db'}",
         "BASALT_TRAINER_WORK": str(VAR / "jobs"),
         "BASALT_VERSIONS_DIR": str(VAR / "versions"),
+        "BASALT_HANDOFF_DIR": str(handoff_directory()),
     }
     return {**kept, **os.environ} | {
         "BASALT_REDIS_URL": redis_url(),
@@ -126,6 +136,7 @@ async def run() -> None:
         for task in running:
             task.cancel()
         ended = await asyncio.gather(*running, return_exceptions=True)
+        shutil.rmtree(handoff_directory(), ignore_errors=True)
     for result in ended:
         if isinstance(result, Exception):
             raise result

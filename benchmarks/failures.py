@@ -82,7 +82,7 @@ class Load:
             self.results.append(Result(kind, status, time.monotonic() - began, began, version))
             await asyncio.sleep(0.05)
 
-    async def all_kinds_answered(self, since: float, seconds: float = 240) -> float:
+    async def all_kinds_answered(self, since: float, seconds: float = 600) -> float:
         """How long after `since` the last kind of request is answered again."""
         while time.monotonic() < since + seconds:
             good = [
@@ -126,7 +126,7 @@ async def fault(server: Server, name: str, how: str, hold: float) -> dict[str, A
         "as_wanted": {r.kind for r in failed} <= NEEDS[name]
         and {r.status for r in failed} <= {503, 504}
         and max((r.seconds for r in failed), default=0) < LLM_SECONDS + EMBED_SECONDS
-        and recovered < 240,
+        and recovered < 600,
     }
     print(f"{how:<7} {name:<7} {told}", flush=True)
     return told
