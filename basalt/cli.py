@@ -1,5 +1,6 @@
 """`basalt`: one command for what is not a service. Each command imports what it needs when it runs."""
 
+import json
 import signal
 import threading
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from basalt.eval.commands import app as evaluation
 from basalt.jobs import app as jobs
 from basalt.keys import app as keys
 from basalt.terminal import plainly
@@ -16,9 +18,12 @@ from basalt.versions import app as models
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 train = typer.Typer(no_args_is_help=True, help="Train an assistant from a recipe.")
 data = typer.Typer(no_args_is_help=True, help="Make and check training data.")
+evaluate = typer.Typer(no_args_is_help=True, help="Score answers to benchmarks.")
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 app.add_typer(models, name="models")
+evaluate.add_typer(evaluation)
+app.add_typer(evaluate, name="eval")
 app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")
 
@@ -88,6 +93,17 @@ def make_scenes_command(
     plainly(lambda: typer.echo(make_scenes(out, emoji=emoji, fonts=files, count=count, seed=seed, split=split)))
 
 
+@data.command("make-benchmarks")
+def make_benchmarks_command(
+    scenes: Annotated[Path, typer.Option(help="a folder of drawn scenes, of `make-scenes --test`", exists=True)],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+) -> None:
+    """Writes drawn scenes in the forms of POPE, ScienceQA and TextVQA, to try `basalt eval` on."""
+    from basalt.data.drawn_benchmarks import make_benchmarks
+
+    plainly(lambda: typer.echo(make_benchmarks(scenes, out)))
+
+
 @data.command("make-chat")
 def make_chat(
     out: Annotated[Path, typer.Option(help="the folder for chat-train.json and chat-dev.json")],
@@ -101,6 +117,34 @@ def make_chat(
     out.mkdir(parents=True, exist_ok=True)
     plainly(lambda: answer_prompts(base_lm, prompts[:held_out], out / "chat-dev.json"))
     plainly(lambda: answer_prompts(base_lm, prompts[held_out:], out / "chat-train.json"))
+
+
+@evaluate.command("score")
+def score(
+    benchmark: Annotated[str, typer.Argument(help="mmmu, mm-vet, scienceqa, textvqa, pope; captions, vqa: your own")],
+    data: Annotated[Path, typer.Option(help="the benchmark's published file or folder")],
+    predictions: Annotated[Path, typer.Option(help="the answers: JSONL of id and prediction; for mm-vet the grades")],
+    intersection: Annotated[bool, typer.Option("--intersection", help="score the answered samples alone")] = False,
+    max_gap: Annotated[float, typer.Option(min=0, max=1, help="the share that may be missing")] = 0.01,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    out: Annotated[Path | None, typer.Option(help="keep it as a run's directory, to report and compare with")] = None,
+    name: Annotated[str, typer.Option(help="with --out: whose answers they are")] = "",
+) -> None:
+    """Scores stored answers, by the benchmark's own rules and strictly; asks no model."""
+    from basalt.eval.run import Task, keep
+    from basalt.eval.scoring import rescore
+    from basalt.eval.tables import print_scores
+
+    def work() -> None:
+        if out is not None:
+            keep(Task(benchmark, data), predictions, name or predictions.stem, out)
+        scores = rescore(benchmark, data, predictions, max_gap=max_gap, intersection=intersection)
+        if as_json:
+            typer.echo(json.dumps(scores.as_json(), ensure_ascii=False))
+        else:
+            print_scores(scores)
+
+    plainly(work)
 
 
 def _train(stage: Callable[..., None], config: Path, out: Path) -> None:

@@ -9,7 +9,9 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
 import basalt.record.aliases
+import basalt.record.answers
 import basalt.record.api_keys
+import basalt.record.evals
 import basalt.record.files
 import basalt.record.jobs  # noqa: F401 (their tables)
 from basalt.record.database import Base, migrate, open_database
