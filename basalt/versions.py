@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from sqlalchemy.orm import Session
 from basalt import registry
 from basalt.assistants import MANIFEST, Assistant, load_assistant, load_assistants
 from basalt.object_store import ObjectStore, StoreSettings
-from basalt.record.aliases import aliases_of, get_alias, roll_back, set_alias
+from basalt.record.aliases import alias_history, aliases_of, get_alias, roll_back, set_alias
 from basalt.record.database import RecordSettings, Sessions, open_database
 from basalt.terminal import plainly
 
@@ -135,6 +136,19 @@ def rollback(
         with _sessions().begin() as session:
             before, now = get_alias(session, name, alias), roll_back(session, name, alias)
         typer.echo(f"{name}@{alias}: {before} → {now}")
+
+    plainly(work)
+
+
+@app.command()
+def history(name: Annotated[str, typer.Argument(help="the assistant's name")], alias: Alias = "production") -> None:
+    """Every promotion and rollback of an alias, oldest first."""
+
+    def work() -> None:
+        with _sessions()() as session:
+            for change in alias_history(session, name, alias):
+                when = datetime.fromtimestamp(change.created_at, UTC).isoformat(timespec="seconds")
+                typer.echo(f"{when}\t{'rollback' if change.rollback else 'promote'}\t{_written(name, change.version)}")
 
     plainly(work)
 
