@@ -16,6 +16,7 @@ from basalt import registry
 from basalt.assistants import MANIFEST, Assistant, load_assistant, load_assistants
 from basalt.object_store import ObjectStore, StoreSettings
 from basalt.record.aliases import alias_history, aliases_of, get_alias, roll_back, set_alias
+from basalt.record.canaries import end_canary, set_canary
 from basalt.record.database import RecordSettings, Sessions, open_database
 from basalt.terminal import plainly
 
@@ -120,7 +121,30 @@ def promote(
         with _sessions().begin() as session:
             before = get_alias(session, name, alias)
             set_alias(session, name, alias, version, expected=before)
+            if alias == registry.PRODUCTION:
+                end_canary(session, name)
         typer.echo(f"{name}@{alias}: {before or 'nothing'} → {version}")
+
+    plainly(work)
+
+
+@app.command()
+def canary(
+    reference: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="or NAME@ALIAS; with --share 0 just NAME")],
+    share: Annotated[float, typer.Option(help="of the conversations with NAME, 0 to 1; 0 ends it")] = 0.1,
+) -> None:
+    """Gives a version a share of the traffic to its assistant's name, until it is promoted or ended."""
+
+    def work() -> None:
+        name, version = (reference.partition("@")[0], "") if share == 0 else _resolve(reference)
+        if share:
+            asyncio.run(registry.check(_store(), name, version))
+        with _sessions().begin() as session:
+            if share:
+                set_canary(session, name, version, share)
+            else:
+                end_canary(session, name)
+        typer.echo(f"{name}: {f'{share:.1%} to {version}' if share else 'no canary'}")
 
     plainly(work)
 

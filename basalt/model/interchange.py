@@ -54,7 +54,8 @@ from basalt.model.vision_encoder import CLIP, FEATURE_LAYER, SIGLIP, load_vision
 
 Kind = Literal["siglip", "clip"]
 KINDS: dict[str, Kind] = {"siglip_vision_model": "siglip", "clip_vision_model": "clip"}
-STRATEGY = {"siglip": "full", "clip": "default"}  # of choosing features: CLIP's class token is left out
+# Of choosing features: CLIP's class token is left out.
+STRATEGY: dict[str, Literal["full", "default"]] = {"siglip": "full", "clip": "default"}
 CLASSES = {"siglip": SiglipVisionModel, "clip": CLIPVisionModel}
 PIXELS = {"siglip": SIGLIP, "clip": CLIP}
 LM_TYPES = ("llama", "qwen2")
@@ -203,7 +204,7 @@ def _llava(spec: Manifest, tower: Any, projector: Projector, lm: Any) -> Any:
         image_seq_length=spec.tower.tokens,
         projector_hidden_act="gelu",
         vision_feature_layer=FEATURE_LAYER,
-        vision_feature_select_strategy="full" if spec.tower.kind == "siglip" else "default",
+        vision_feature_select_strategy=STRATEGY[spec.tower.kind],
     )
     with torch.device("meta"):
         model: Any = LlavaForConditionalGeneration(config)
