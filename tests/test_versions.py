@@ -42,6 +42,8 @@ def test_a_version_is_promoted_and_rolled_back(basalt: Basalt, tmp_path: Path) -
     assert back.exit_code == 0, back.output
     listed = dict(line.split("\t", 1) for line in basalt("list").stdout.splitlines())
     assert listed == {first: "production\tregistry", second: "candidate\tregistry"}
+    told = [line.split("\t")[1:] for line in basalt("history", "cat").stdout.splitlines()]
+    assert told == [["promote", first], ["promote", second], ["rollback", first]]
     again = basalt("rollback", "cat")
     assert again.exit_code == 1
     assert "nothing to go back to" in again.stderr

@@ -63,7 +63,7 @@ class Projector(nn.Module):
         if found != shapes:
             raise AssistantError(
                 f"{whose} has a projector of widths {_widths(found)} (tower → hidden → base LM), "
-                f"but {_widths(shapes)} is wanted"
+                f"but {_widths(shapes)} is wanted: use the tower and base LM it was trained for, or train one anew"
             )
         self.load_state_dict(weights)
 

@@ -103,6 +103,11 @@ class Run:
         self.tokenizer = Tokenizer(
             AutoTokenizer.from_pretrained(recipe.base_lm), template, recipe.image_token_id, recipe.tower.tokens
         )
+        lm_dim = self.lm.config.hidden_size
+        started = None if recipe.start is None else learned(recipe.start)
+        if started is not None:  # tried now: reading the data and computing features may take hours
+            fitting = Projector(recipe.tower.width, recipe.projector_hidden, lm_dim)
+            fitting.take(started["projector"], f"{recipe.start}, where this run starts,")
         with parallel.leader_first():
             sources = [prepare(source, recipe, self.tokenizer) for source in recipe.data]
             self.held_out = self._held_out()
@@ -111,13 +116,12 @@ class Run:
         self.standardizer = Standardizer(recipe.tower.width)
         torch.ones(1).sqrt()  # MKL's vector functions, first called by two threads at once, may round otherwise
         torch.manual_seed(recipe.seed)  # here, as computing features on the way draws numbers too
-        self.projector = Projector(recipe.tower.width, recipe.projector_hidden, self.lm.config.hidden_size)
-        if recipe.start is None:
+        self.projector = Projector(recipe.tower.width, recipe.projector_hidden, lm_dim)
+        if started is None:
             self._start_afresh()
         else:
-            state = learned(recipe.start)
-            self.projector.take(state["projector"], f"{recipe.start}, where this run starts,")
-            self.standardizer.load_state_dict(state["standardizer"])
+            self.projector.load_state_dict(started["projector"])
+            self.standardizer.load_state_dict(started["standardizer"])
         self.projector.to(self.device, getattr(torch, recipe.dtype))
         self.standardizer.to(self.device)
 

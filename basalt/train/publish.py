@@ -1,12 +1,14 @@
 """From a finished run to an assistant the services load: its files, and the manifest that names them by digest."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from basalt.assistants import (
     ADAPTER,
@@ -16,6 +18,7 @@ from basalt.assistants import (
     LoRASpec,
     Manifest,
     ProjectorSpec,
+    TowerSpec,
     load_assistant,
     replacing,
     seal,
@@ -24,6 +27,7 @@ from basalt.assistants import (
 from basalt.data.preprocess import TEMPLATES
 from basalt.data.readers import DataError, find_shards
 from basalt.model.projector import Projector
+from basalt.model.vision_encoder import efficientnet_lite_weights
 from basalt.train.checkpoints import file_digest
 from basalt.train.loop import learned
 from basalt.train.progress import read_log
@@ -39,7 +43,7 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
     The features' standardisation is folded into the projector, so that what is served is the plain 2-layer MLP.
 
     Args:
-        lineage: what is told beside the run's own: its recipe, the digests of its data, its figures, its parent.
+        lineage: what is told beside the run's own: recipe, data and frozen parts by digest, figures, parent.
 
     Raises:
         FileNotFoundError: the run is not finished.
@@ -50,11 +54,11 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
     if state["step"] < state["steps"] or (recipe.lora is not None and not (run / "lora").is_dir()):
         raise FileNotFoundError(f"{run} is not finished: start it again, it goes on where it stopped")
 
-    config = json.loads((recipe.base_lm / "config.json").read_text())
+    config = AutoConfig.from_pretrained(recipe.base_lm)
     base_lm = BaseLMSpec(
-        id=recipe.base_lm.name,
-        lm_dim=config["hidden_size"],
-        context=config["max_position_embeddings"],
+        id=recipe.base_lm.name if recipe.base_lm.is_dir() else str(recipe.base_lm),
+        lm_dim=config.hidden_size,
+        context=config.max_position_embeddings,
         image_token_id=recipe.image_token_id,
     )
     projector = Projector(recipe.tower.width, recipe.projector_hidden, base_lm.lm_dim)
@@ -75,7 +79,13 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
             base_lm=base_lm,
             lora=None if recipe.lora is None else _adapter(run, directory / "lora", recipe.lora.rank),
             chat_template="chat_template.jinja",
-            lineage={"run": _record(run), "parent": _parent(recipe)} | lineage,
+            lineage={
+                "run": _record(run),
+                "parent": _parent(recipe),
+                "base_lm": _weights_digest(recipe.base_lm),
+                "tower": _tower_digest(recipe.tower),
+            }
+            | lineage,
         )
         seal(directory, manifest)
     assistant = load_assistant(models / name)
@@ -111,12 +121,32 @@ def _record(run: Path) -> dict[str, Any] | None:
 
 
 def _rows_digest(rows: Path) -> str | None:
-    """Of a file its own; of several shards that of their digests, in order; None where they are gone by now."""
+    """Of its files; None where they are gone by now."""
     try:
-        digests = [f"sha256:{file_digest(shard)}" for shard in find_shards(rows)]
+        return _files_digest(find_shards(rows))
     except DataError:
         return None
-    return digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode())
+
+
+def _tower_digest(spec: TowerSpec) -> str | None:
+    if spec.kind == "efficientnet-lite":
+        return _files_digest([efficientnet_lite_weights()])
+    return _weights_digest(Path(spec.id))
+
+
+def _weights_digest(model: Path) -> str | None:
+    """Of a model's weights, given by its directory or hub id; None where they are not on this machine."""
+    try:
+        directory = model if model.is_dir() else Path(snapshot_download(str(model), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+    return _files_digest(sorted(directory.glob("*.safetensors")))
+
+
+def _files_digest(files: list[Path]) -> str | None:
+    """Of a file its own; of several that of their digests, in order."""
+    digests = [f"sha256:{file_digest(file)}" for file in files]
+    return digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode()) if digests else None
 
 
 def _parent(recipe: Recipe) -> str | None:

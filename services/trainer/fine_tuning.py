@@ -35,13 +35,14 @@ def router(settings: Settings, sessions: Sessions, dispatcher: Dispatcher) -> AP
                     return Path(get_file(session, name).filename)
                 return find_in(settings.data_root, name)
 
-            start = None
+            start = parent = None
             if request.start is not None:
+                parent = jobs.get(session, request.start)
                 if jobs.last_checkpoint(session, request.start, "stage1") is None:
                     raise jobs.NotPossible(f"job {request.start} has no checkpoint of stage 1 to go on from")
                 start = Path(request.start)
             recipes, features = settings.recipes, settings.features
-            plan(request, job_id="", recipes=recipes, features=features, find=there, start=start)
+            plan(request, job_id="", recipes=recipes, features=features, find=there, start=start, parent=parent)
             job = jobs.create(session, KIND, request.model_dump(mode="json"))
             made = job_object(jobs.get(session, job.id))
         dispatcher.send(job.id)

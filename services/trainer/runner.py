@@ -130,8 +130,10 @@ class Attempt:
                 asyncio.run(self.store.get_file(file.key, path))
             return path
 
-        start = None
+        start = parent = None
         if request.start is not None:
+            with self.sessions() as session:
+                parent = jobs.get(session, request.start)
             start = self.settings.work.resolve() / request.start / "stage1"
             self._restore(request.start, "stage1", start)
         prepared = plan(
@@ -141,6 +143,7 @@ class Attempt:
             features=self.settings.features,
             find=fetched,
             start=start,
+            parent=parent,
         )
         for stage in prepared.stages:
             self._restore(self.job.id, stage.name, self.directory / stage.name)

@@ -72,6 +72,40 @@ def test_a_job_trains_both_stages_and_publishes(
     assert client.files.content(files[0].id).text.startswith("phase,step,loss")
 
 
+def test_stage_2_goes_on_from_another_job_where_the_projector_fits(
+    trainer: Trainer, rows: bytes, images: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = trainer.client()
+
+    def stage(name: str, model: str, **ours: object) -> str:
+        method = {"type": name, name: {"hyperparameters": {"steps": 5}}}
+        training = client.files.create(file=("rows.json", rows), purpose="fine-tune").id
+        pictures = client.files.create(file=("images.tar", images), purpose="fine-tune").id
+        return client.fine_tuning.jobs.create(
+            model=model,
+            training_file=training,
+            method=method,  # type: ignore[arg-type]
+            extra_body={"images_file": pictures, **ours},
+        ).id
+
+    first = stage("stage1", "tiny")
+    until(trainer, first, "succeeded")
+    widths = "2532 → 48 → 64 .tower → hidden → base LM., but 'wide' needs 2532 → 48 → 128: start from a stage 1 job of"
+    with pytest.raises(openai.BadRequestError, match=widths):
+        stage("stage2", "wide", start=first)
+    with pytest.raises(openai.NotFoundError, match="there is no job 'ftjob-0'"):
+        stage("stage2", "tiny", start="ftjob-0")
+    second = stage("stage2", "tiny", start=first)
+    until(trainer, second, "succeeded")
+    for name in ("BASALT_STORE", "BASALT_DATABASE"):
+        monkeypatch.setenv(name, trainer.environment[name])
+    shown = CliRunner().invoke(app, ["models", "show", str(client.fine_tuning.jobs.retrieve(second).fine_tuned_model)])
+    lineage = json.loads(shown.stdout)["manifest"]["lineage"]
+    assert lineage["job"] == second
+    assert lineage["parent"] == client.fine_tuning.jobs.retrieve(first).fine_tuned_model
+    assert lineage["request"]["start"] == first
+
+
 def test_a_job_is_paused_and_resumed(trainer: Trainer, rows: bytes, images: bytes) -> None:
     client = trainer.client()
     job_id = submit(trainer, rows, images, steps=3000)
