@@ -52,11 +52,15 @@ def run(
     calibration: Annotated[Path | None, typer.Option(help="of the judge, by `calibrate`", exists=True)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False,
 ) -> None:
-    """Asks a benchmark's samples and scores the answers. Stopped, the same command goes on; nothing is asked twice."""
+    """Asks a benchmark's samples, scores the answers, and writes a report of them into the run's directory.
+
+    Stopped, the same command goes on; nothing is asked twice.
+    """
 
     from basalt.eval import run as running
     from basalt.eval.asking import Limits
     from basalt.eval.endpoint import Endpoint
+    from basalt.eval.report import write_run_report
     from basalt.record.database import RecordSettings, open_database
 
     async def work(stop: Callable[[], bool]) -> Result:
@@ -70,7 +74,7 @@ def run(
         )
         name = f"{benchmark}-{model.replace('/', '_').replace('@', '-')}" + ("-blind" if blind else "")
         with _bars() as tell:
-            return await running.evaluate(
+            result = await running.evaluate(
                 task,
                 Endpoint(url or _gateway(), model, os.environ.get("BASALT_API_KEY", ""), seconds),
                 out or Path("var/eval") / name,
@@ -82,6 +86,8 @@ def run(
                 stop=stop,
                 tell=tell,
             )
+        write_run_report(result.directory)
+        return result
 
     _show(_stoppable(work), as_json)
 

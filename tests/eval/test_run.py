@@ -96,6 +96,7 @@ def test_a_run_as_a_user_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert first.exit_code == 0, first.output
         assert "official: accuracy 33.3" in first.output and "strict: accuracy 33.3" in first.output
         hashed = json.loads((out / "scores.json").read_text())["hash"]
+        assert f"`{hashed.removeprefix('sha256:')[:16]}`" in (out / "report.md").read_text()
         again = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "again"), "--json"])
         assert json.loads(again.stdout)["hash"] == hashed
         assert sum(server.asked.values()) == 6
