@@ -97,8 +97,12 @@ def services() -> list[Service]:
 
 def service_environment() -> dict[str, str]:
     """Where each service finds the others and keeps its files, and the launcher's own environment."""
-    kept = {"BASALT_DATABASE": f"sqlite:///{VAR / 'basalt.db'}", "BASALT_TRAINER_WORK": str(VAR / "jobs")}
-    kept["BASALT_EVALUATOR_WORK"] = str(VAR / "eval/runs")
+    kept = {
+        "BASALT_DATABASE": f"sqlite:///{VAR / 'basalt.db'}",
+        "BASALT_TRAINER_WORK": str(VAR / "jobs"),
+        "BASALT_EVALUATOR_WORK": str(VAR / "eval/runs"),
+        "BASALT_VERSIONS_DIR": str(VAR / "versions"),
+    }
     return {**kept, **os.environ} | {
         "BASALT_REDIS_URL": redis_url(),
         "BASALT_VISION_ADDRESS": f"{HOST}:{port('vision')}",

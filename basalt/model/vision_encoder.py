@@ -7,6 +7,7 @@ two finer levels, so that small things and letters survive.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,11 +81,20 @@ def load_vision_encoder(spec: TowerSpec) -> VisionEncoder:
     return transformer_encoder(spec, model)
 
 
-def transformer_encoder(spec: TowerSpec, model: nn.Module) -> VisionEncoder:
-    """A SigLIP or CLIP vision model of transformers as a tower. CLIP's class token is left out, SigLIP has none."""
+def transformer_encoder(spec: TowerSpec, model: Any) -> VisionEncoder:
+    """A SigLIP or CLIP vision model of transformers as a tower, run as far as its features need.
+
+    CLIP's class token is left out, SigLIP has none.
+    """
+
+    used = model.encoder.layers[: len(model.encoder.layers) + 1 + FEATURE_LAYER]
 
     def features(pixels: Tensor) -> Tensor:
-        hidden = model(pixel_values=pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER]
+        hidden = model.embeddings(pixels)  # [B, tokens, width]; CLIP's class token is a token more
+        if spec.kind == "clip":
+            hidden = model.pre_layrnorm(hidden)
+        for layer in used:
+            hidden = layer(hidden, attention_mask=None)
         return hidden[:, 1:] if spec.kind == "clip" else hidden
 
     return VisionEncoder(spec, model, features, SIGLIP if spec.kind == "siglip" else CLIP)

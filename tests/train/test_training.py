@@ -33,7 +33,7 @@ def log(run: Path) -> list[dict[str, Any]]:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    return {path.name: sha256(path.read_bytes()) for path in directory.iterdir()}
+    return {path.name: sha256(path.read_bytes()) for path in directory.iterdir() if path.is_file()}
 
 
 def test_stage_1_lowers_the_loss_and_trains_the_projector_alone(stage1: Recipe, aligned: Path, tmp_path: Path) -> None:
@@ -102,7 +102,14 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
 def test_what_is_published_answers(instructed: Path, base_lm: Path, data: Path, tmp_path: Path) -> None:
     publish(instructed, "tiny", tmp_path, {"note": "a test"})
     assistant = load_assistant(tmp_path / "tiny")
-    assert assistant.manifest.lineage == {"note": "a test"}
+    lineage: Any = assistant.manifest.lineage
+    assert lineage["note"] == "a test"
+    assert lineage["run"]["recipe"]["lora"]["rank"] == 4
+    captions = str(data / "captions.jsonl")
+    assert (
+        lineage["run"]["data"][captions] == lineage["run"]["start"]["data"][captions] == digests(data)["captions.jsonl"]
+    )
+    assert lineage["run"]["measured"]["held_out_loss"] == log(instructed)[-1]["held_out_loss"]
     assert assistant.manifest.lora is not None
     assert assistant.manifest.lora.rank == 4
     local = LocalAssistant(assistant, base_lm)

@@ -53,7 +53,8 @@ def test_a_job_trains_both_stages_and_publishes(
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "succeeded", trainer.log()
     assert job.fine_tuned_model is not None and job.fine_tuned_model.startswith("shapes@")
-    monkeypatch.setenv("BASALT_STORE", trainer.environment["BASALT_STORE"])
+    for name in ("BASALT_STORE", "BASALT_DATABASE"):
+        monkeypatch.setenv(name, trainer.environment[name])
     pulled = CliRunner().invoke(app, ["models", "pull", job.fine_tuned_model, "--models", str(tmp_path)])
     assert pulled.exit_code == 0, pulled.output
     local = LocalAssistant(load_assistant(tmp_path / "shapes"), trainer.directory / "tiny-lm")
@@ -77,7 +78,7 @@ def test_a_job_is_paused_and_resumed(trainer: Trainer, rows: bytes, images: byte
     until(trainer, job_id, "running")
     wait(lambda: list(client.fine_tuning.jobs.checkpoints.list(job_id)), 100)
     client.fine_tuning.jobs.pause(job_id)
-    until(trainer, job_id, "paused", seconds=30)
+    until(trainer, job_id, "paused")
     assert not trainer.training()
     step = max(each.step_number for each in client.fine_tuning.jobs.checkpoints.list(job_id))
     client.fine_tuning.jobs.resume(job_id)
@@ -86,7 +87,7 @@ def test_a_job_is_paused_and_resumed(trainer: Trainer, rows: bytes, images: byte
     log = next((trainer.directory / "jobs" / job_id).glob("training.log")).read_text()
     assert f"going on from step {step}" in log
     client.fine_tuning.jobs.cancel(job_id)
-    until(trainer, job_id, "cancelled", seconds=30)
+    until(trainer, job_id, "cancelled")
     told = [event.data for event in client.fine_tuning.jobs.list_events(job_id, limit=100) if event.type == "metrics"]
     steps = [(data["phase"], data["step"]) for data in told]  # type: ignore[index]
     assert len(steps) == len(set(steps))  # each is told once
@@ -108,7 +109,7 @@ def test_a_worker_s_death_is_noticed_and_the_job_goes_on(trainer: Trainer, rows:
     assert time.monotonic() - died < 60
     assert len(trainer.training()) == 1
     client.fine_tuning.jobs.cancel(job_id)
-    until(trainer, job_id, "cancelled", seconds=60)
+    until(trainer, job_id, "cancelled")
 
 
 def test_a_stopped_worker_hands_its_job_on(trainer: Trainer, rows: bytes, images: bytes) -> None:
@@ -118,9 +119,9 @@ def test_a_stopped_worker_hands_its_job_on(trainer: Trainer, rows: bytes, images
     trainer.stop("worker", signal.SIGTERM)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
     trainer.start("worker")
-    until(trainer, job_id, "running", seconds=60)
+    until(trainer, job_id, "running")
     client.fine_tuning.jobs.cancel(job_id)
-    until(trainer, job_id, "cancelled", seconds=60)
+    until(trainer, job_id, "cancelled")
 
 
 def test_the_object_store_and_redis_may_be_gone_for_a_while(trainer: Trainer, rows: bytes, images: bytes) -> None:
@@ -141,7 +142,7 @@ def test_the_object_store_and_redis_may_be_gone_for_a_while(trainer: Trainer, ro
     wait(lambda: max(each.step_number for each in kept()) > before, 60)
     assert trainer.training() == [process]  # it went on all the while
     client.fine_tuning.jobs.cancel(job_id)
-    until(trainer, job_id, "cancelled", seconds=60)
+    until(trainer, job_id, "cancelled")
 
 
 def test_what_cannot_be_is_refused_at_once(trainer: Trainer, rows: bytes) -> None:
