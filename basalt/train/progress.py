@@ -26,9 +26,7 @@ class Tally:
 
     means: Mapping[str, tuple[Tensor | float, float]]  # name → (sum, over how many)
     tokens: int  # that were run through the model, padding left out
-    seconds_at_peak: float = (
-        0.0  # what this process's operations would take at its device's peak; 0: not known
-    )
+    seconds_at_peak: float = 0.0  # what this process's operations would take at its device's peak; 0: not known
 
 
 class Telling:
