@@ -61,6 +61,9 @@ COLUMNS = {
     "pope": Column("POPE", "F1", "--data coco_pope --images val2014", (8910, 9000), charts=("category",)),
 }  # fmt: skip
 OWN = {"captions": Column("Captions", "CIDEr-D × 100"), "vqa": Column("Own questions", "soft accuracy")}
+NOTES = {
+    "captions": "CIDEr-D weighs words by how rare they are in the whole set: scores of other photos do not compare."
+}
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,7 @@ def _section(title: str, of: Sequence[StoredResult], charts: Path, home: Path) -
     prefix = name if _is_published(of[0]) or name in OWN else f"{name}-own"
     parts = [f"## {title}"]
     if scored := [result for result in of if result.scored]:
-        parts += [_ways(scored, column), _figures(scored), _judges(scored), _differences(scored)]
+        parts += [_ways(scored, column), _figures(scored), NOTES.get(name, ""), _judges(scored), _differences(scored)]
     parts += [
         f"**{result.name}**: {result.scores['status']}. {result.scores['why']}".rstrip()
         for result in of
