@@ -6,6 +6,7 @@ after a pause that doubles while it keeps ending; the others are left alone.
 
 import asyncio
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import grpc
 import httpx
@@ -23,6 +25,7 @@ from celery import Celery
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from basalt import preflight
+from basalt.handoff import default_directory
 from basalt.preflight import HOST, ROOT, VAR, port
 from basalt.supervisor import Service, StartError, say
 
@@ -95,6 +98,12 @@ def services() -> list[Service]:
     return [Service(name, [sys.executable, *command], healthy, logs / f"{name}.log") for name, command, healthy in run]
 
 
+def handoff_directory() -> Path:
+    """This stack's own, so that stopping it frees the memory."""
+    shared = default_directory()
+    return shared.with_name(f"{shared.name}-{port('vision')}")
+
+
 def service_environment() -> dict[str, str]:
     """Where each service finds the others and keeps its files, and the launcher's own environment."""
     kept = {
@@ -102,6 +111,7 @@ def service_environment() -> dict[str, str]:
         "BASALT_TRAINER_WORK": str(VAR / "jobs"),
         "BASALT_EVALUATOR_WORK": str(VAR / "eval/runs"),
         "BASALT_VERSIONS_DIR": str(VAR / "versions"),
+        "BASALT_HANDOFF_DIR": str(handoff_directory()),
     }
     return {**kept, **os.environ} | {
         "BASALT_REDIS_URL": redis_url(),
@@ -141,6 +151,7 @@ async def run() -> None:
         for task in running:
             task.cancel()
         ended = await asyncio.gather(*running, return_exceptions=True)
+        shutil.rmtree(handoff_directory(), ignore_errors=True)
     for result in ended:
         if isinstance(result, Exception):
             raise result

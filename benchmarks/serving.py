@@ -10,11 +10,12 @@ import io
 import json
 import os
 import random
+import secrets
 import statistics
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,12 @@ QUESTIONS = (
     "Is there anything in the image that moves?",
     "What could have happened just before this picture was taken?",
 )
+ONE_LORA = {"BASALT_LLM_MAX_LORAS": "1", "BASALT_LLM_MAX_KEPT_LORAS": "1"}
+NO_CACHES = {
+    "BASALT_VISION_FEATURE_CACHE_BYTES": "0",
+    "BASALT_VISION_EMBEDDING_CACHE_BYTES": "0",
+    "BASALT_VISION_SHARED_CACHE_BYTES": "0",
+}
 DIGITS = range(32, 42)  # the tokens 0 … 9 of SmolLM2's vocabulary
 SYSTEM = "You look at pictures and answer questions about them, briefly and to the point."
 
@@ -68,6 +75,8 @@ class Client:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self.server.salted:  # no prefix is another request's
+            body["cache_salt"] = secrets.token_hex(8)
         if digits_only:  # they tokenise one by one, so that an answer sent back is the same tokens
             body["logit_bias"] = dict.fromkeys(map(str, DIGITS), 100)
         content = json.dumps(body).encode()
@@ -183,6 +192,41 @@ async def second_turn(client: Client, images: Images) -> dict[str, float]:
     return {"cached_tokens": second.cached_tokens, "share_of_full_blocks": second.cached_tokens / full}
 
 
+async def many_assistants(client: Client, images: Images) -> dict[str, float]:
+    """Sixteen new images, eight at a time, 32 tokens each, asked of the side's assistants in turn."""
+    models = client.server.models or [client.server.model]
+    in_flight = asyncio.Semaphore(8)
+
+    async def ask(number: int, url: str) -> None:
+        async with in_flight:
+            await client.ask([about(url, QUESTIONS[0])], tokens=32, model=models[number % len(models)])
+
+    urls = [images.new() for _ in range(16)]
+    began = time.perf_counter()
+    await asyncio.gather(*(ask(number, url) for number, url in enumerate(urls)))
+    seconds = time.perf_counter() - began
+    return {"requests_per_s": 16 / seconds, "memory_gib": client.server.memory() / 2**30}
+
+
+async def reused_images(client: Client, images: Images) -> dict[str, float]:
+    """Four clients, five questions each, four of five about five known images; 16 tokens each."""
+    known = [images.new() for _ in range(5)]
+    for url in known:
+        await client.ask([about(url, QUESTIONS[0])], tokens=1)
+    draw = random.Random(7)
+    urls = [known[draw.randrange(5)] if number % 5 else images.new() for number in range(20)]
+    answers: list[Answer] = []
+
+    async def user(number: int) -> None:
+        for turn, url in enumerate(urls[number::4]):
+            answers.append(await client.ask([about(url, f"{QUESTIONS[turn % 4]} ({number})")], tokens=16))
+
+    began = time.perf_counter()
+    await asyncio.gather(*(user(number) for number in range(4)))
+    seconds = time.perf_counter() - began
+    return {"requests_per_s": 20 / seconds, "ttft": statistics.fmean(a.first for a in answers)}
+
+
 Scenario = Callable[[Client, Images], Awaitable[dict[str, float]]]
 # Each with its rounds, in quick runs and else, and the goal for Basalt divided by its peer.
 SCENARIOS: dict[str, tuple[Scenario, int, int]] = {
@@ -192,17 +236,26 @@ SCENARIOS: dict[str, tuple[Scenario, int, int]] = {
     "mixed_load": (mixed_load, 1, 3),
     "second_turn": (second_turn, 1, 2),
 }
+# Of Basalt against itself: its eight assistants against one, its caches on against off.
+OWN: dict[str, tuple[Scenario, int, int]] = {
+    "many_assistants": (many_assistants, 1, 4),
+    "reused_images": (reused_images, 1, 4),
+}
 GOALS = {
     ("new_image", "ttft"): ("at most", 1.05),
     ("seen_image", "ttft"): ("at most", 0.8),
     ("concurrent_new", "requests_per_s"): ("at least", 1.0),
     ("mixed_load", "requests_per_s"): ("at least", 1.5),
+    ("many_assistants", "requests_per_s"): ("at least", 0.85),
+    ("many_assistants", "memory_gib"): ("at most", 1.3),
+    ("reused_images", "requests_per_s"): ("at least", 1.15),
+    ("reused_images", "ttft"): ("at most", 0.7),
 }
 
 
 async def compare(name: str, sides: dict[str, Client], quick: bool) -> dict[str, dict[str, float]]:
     """Medians over the rounds, by metric, of every side. The first round is not counted."""
-    scenario, few, many = SCENARIOS[name]
+    scenario, few, many = (SCENARIOS | OWN)[name]
     images = {side: Images(seed=1 + hash_of(name)) for side in sides}
     found: dict[str, dict[str, list[float]]] = {side: {} for side in sides}
     for number in range(1 + (few if quick else many)):
@@ -214,8 +267,9 @@ async def compare(name: str, sides: dict[str, Client], quick: bool) -> dict[str,
         side: {metric: round(statistics.median(values), 4) for metric, values in metrics.items()}
         for side, metrics in found.items()
     }
-    if "peer" in sides:
-        medians["ratio"] = {m: round(medians["basalt"][m] / medians["peer"][m], 3) for m in medians["basalt"]}
+    if len(sides) == 2:
+        ours, theirs = (medians[side] for side in sides)
+        medians["ratio"] = {metric: round(ours[metric] / theirs[metric], 3) for metric in ours}
     return medians
 
 
@@ -234,8 +288,21 @@ async def measure(scenarios: list[str], servers: dict[str, Server], quick: bool)
     return found
 
 
+@contextmanager
+def started() -> Iterator[Callable[[Callable[[Path], Server]], Server]]:
+    """Starts servers, each with a directory of its own, and stops them all at the end."""
+    with ExitStack() as stack:
+
+        def start(make: Callable[[Path], Server]) -> Server:
+            server = make(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            stack.callback(server.stop)
+            return server
+
+        yield start
+
+
 def main(
-    scenarios: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(SCENARIOS)}; all if none")] = None,
+    scenarios: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(SCENARIOS | OWN)}; all if none")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="few rounds")] = False,
     peer: Annotated[bool, typer.Option(help="compare with vLLM's own server")] = True,
     cores: Annotated[int, typer.Option(help="of the machine, for either side")] = 2,
@@ -245,18 +312,36 @@ def main(
 ) -> None:
     load = os.getloadavg()[0]
     weights = make_weights(work)
-    with ExitStack() as stack:
-        var = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        servers = {"basalt": start_basalt(weights, var, cores)}
-        stack.callback(servers["basalt"].stop)
-        if peer:
-            servers["peer"] = start_peer(weights, peer_python(work / "peer-python"), var, cores)
-            stack.callback(servers["peer"].stop)
-        found = asyncio.run(measure(scenarios or list(SCENARIOS), servers, quick))
+    scenarios = scenarios or [*SCENARIOS, *OWN]
+    found: dict[str, Any] = {}
+    if wanted := [name for name in scenarios if name in SCENARIOS]:
+        with started() as start:
+            servers = {"basalt": start(lambda var: start_basalt(weights, var, cores))}
+            if peer:
+                python = peer_python(work / "peer-python")
+                servers["peer"] = start(lambda var: start_peer(weights, python, var, cores))
+            found |= asyncio.run(measure(wanted, servers, quick))
+            found["memory_gib"] = {side: round(server.memory() / 2**30, 2) for side, server in servers.items()}
+    if "many_assistants" in scenarios:
+        with started() as start:
+            servers = {
+                "eight": start(lambda var: start_basalt(weights, var, cores, "lora-1")),
+                "one": start(lambda var: start_basalt(weights.only("lora-1", var), var, cores, "lora-1", **ONE_LORA)),
+            }
+            servers["eight"].models = [f"lora-{number}" for number in range(1, 9)]
+            found |= asyncio.run(measure(["many_assistants"], servers, quick))
+    if "reused_images" in scenarios:
+        with started() as start:
+            servers = {
+                "on": start(lambda var: start_basalt(weights, var, cores)),
+                "off": start(lambda var: start_basalt(weights, var, cores, **NO_CACHES)),
+            }
+            servers["off"].salted = True
+            found |= asyncio.run(measure(["reused_images"], servers, quick))
     reached = {
-        name: found[name]["ratio"][metric] <= goal if side == "at most" else found[name]["ratio"][metric] >= goal
+        f"{name} {metric}": value <= goal if side == "at most" else value >= goal
         for (name, metric), (side, goal) in GOALS.items()
-        if "ratio" in found.get(name, {})
+        if (value := found.get(name, {}).get("ratio", {}).get(metric)) is not None
     }
     print(
         json.dumps(

@@ -106,8 +106,8 @@ def _write_scienceqa(scenes: Path, rows: Sequence[dict[str, Any]], out: Path, rn
         picture.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(scenes / row["image"]) as image:
             image.save(picture)
-    _write(out / "data" / "problems.json", json.dumps(problems))
-    _write(out / "data" / "pid_splits.json", json.dumps({"test": list(problems)}))
+    _write(out / "problems.json", json.dumps(problems))
+    _write(out / "pid_splits.json", json.dumps({"test": list(problems)}))
 
 
 def _write_textvqa(scenes: Path, rows: Sequence[dict[str, Any]], out: Path) -> None:

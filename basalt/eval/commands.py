@@ -35,9 +35,16 @@ Field = Annotated[list[str] | None, typer.Option(metavar="FIELD=VALUE", help="of
 @app.command("run")
 def run(
     benchmark: Annotated[str, typer.Argument(help="mmmu, mm-vet, scienceqa, textvqa, pope; captions, vqa: your own")],
-    data: Annotated[str, typer.Option(help="the benchmark's published file or folder, or a key of the object store")],
     model: Annotated[str, typer.Option(help="who is asked")],
-    images: Annotated[str | None, typer.Option(help="its pictures, a folder or tar, where they are beside it")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="its published file or folder, or a key of the object store; $BASALT_BENCHMARKS/NAME if none"
+        ),
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="its pictures, a folder or tar; NAME/images beside such data")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="the run's directory; var/eval/… by default")] = None,
     url: Url = None,
     blind: Annotated[bool, typer.Option("--blind", help="show no picture")] = False,
@@ -52,25 +59,30 @@ def run(
     calibration: Annotated[Path | None, typer.Option(help="of the judge, by `calibrate`", exists=True)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the scores as JSON")] = False,
 ) -> None:
-    """Asks a benchmark's samples and scores the answers. Stopped, the same command goes on; nothing is asked twice."""
+    """Asks a benchmark's samples, scores the answers, and writes a report of them into the run's directory.
+
+    Stopped, the same command goes on; nothing is asked twice.
+    """
 
     from basalt.eval import run as running
     from basalt.eval.asking import Limits
     from basalt.eval.endpoint import Endpoint
+    from basalt.eval.report import write_run_report
     from basalt.record.database import RecordSettings, open_database
 
     async def work(stop: Callable[[], bool]) -> Result:
+        file, pictures = (await _file(data), None) if data else await asyncio.to_thread(_at_home, benchmark)
         task = running.Task(
             benchmark,
-            await _file(data),
-            await _file(images) if images else None,
+            file,
+            await _file(images) if images else pictures,
             blind,
             limit,
             _fields(decoding),
         )
         name = f"{benchmark}-{model.replace('/', '_').replace('@', '-')}" + ("-blind" if blind else "")
         with _bars() as tell:
-            return await running.evaluate(
+            result = await running.evaluate(
                 task,
                 Endpoint(url or _gateway(), model, os.environ.get("BASALT_API_KEY", ""), seconds),
                 out or Path("var/eval") / name,
@@ -82,6 +94,8 @@ def run(
                 stop=stop,
                 tell=tell,
             )
+        write_run_report(result.directory)
+        return result
 
     _show(_stoppable(work), as_json)
 
@@ -334,6 +348,18 @@ def _bars() -> Iterator[Callable[[str, Progress], None]]:
             bars.update(shown[phase], completed=now.done, told=f"{now.limit} at once, {now.kept} kept{spent}{troubles}")
 
         yield tell
+
+
+def _at_home(benchmark: str) -> tuple[Path, Path | None]:
+    """A benchmark's files and pictures in the folder where benchmarks are kept: NAME, and NAME/images."""
+    from basalt.data.readers import DataError
+
+    folder = Path(os.environ.get("BASALT_BENCHMARKS", "var/benchmarks")) / benchmark
+    if not folder.is_dir():
+        raise DataError(f"there is no {folder}: put the benchmark's published files there, or name them with --data")
+    named = [folder / name for name in ("mm-vet.json", "TextVQA_0.5.1_val.json") if (folder / name).exists()]
+    images = folder / "images"
+    return named[0] if named else folder, images if images.is_dir() else None
 
 
 async def _file(name: str) -> Path:

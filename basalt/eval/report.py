@@ -16,11 +16,12 @@ from basalt.data.readers import DataError
 from basalt.eval.benchmark import OFFICIAL, STRICT, Scored, by_group
 from basalt.eval.charts import draw_groups
 from basalt.eval.conformance import GOLDEN, MODEL, read_record
-from basalt.eval.results import StoredResult, compare_results
+from basalt.eval.results import StoredResult, compare_results, load_result
 from basalt.eval.uncertainty import Comparison, Interval, holm
 
 PUBLISHED = Path(__file__).with_name("published.json")
 MAX_GROUPS = 40  # in a chart
+RUN_REPORT = "report.md"  # in a run's own directory
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,9 @@ def write_report(
     against: Sequence[StoredResult] = (),
     quality: Path | None = None,
     recipes: Path = Path("recipes"),
+    charts: Path = Path("docs/images/eval"),
 ) -> None:
-    """Writes the report, and its charts to `docs/images/eval` beside it.
+    """Writes the report, and its charts to the folder `charts` beside it.
 
     Args:
         against: results to compare `results` with, where benchmark and data are the same.
@@ -94,18 +96,24 @@ def write_report(
     kinds = Counter((one.benchmark, one.name, one.manifest["data"]) for one in every)
     if twice := [key for key, count in kinds.items() if count > 1]:
         raise DataError(f"two results of {twice[0][0]} and {twice[0][1]}: give one")
-    charts = out.parent / "docs" / "images" / "eval"
+    pictures = out.parent / charts
     known = _quality(quality)
     parts = [
         _head(every),
         _table(every, known, recipes),
-        *(_section(title, of, charts, out.parent) for title, of in _sections(every).items()),
+        *(_section(title, of, pictures, out.parent) for title, of in _sections(every).items()),
         _comparisons(_pairs(results, against)),
         _quality_section(known),
         _not_run(results, known, recipes),
         _provenance(every),
     ]
     out.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def write_run_report(directory: Path) -> list[str]:
+    """Writes one run's report into its directory, charts beside it; returns the names of these files."""
+    write_report([load_result(directory)], directory / RUN_REPORT, recipes=directory / "no recipes", charts=Path())
+    return [RUN_REPORT, *sorted(path.name for path in directory.glob("*.png"))]
 
 
 def _head(results: Sequence[StoredResult]) -> str:

@@ -9,6 +9,7 @@ The directory of a run holds
                     where there are scores
     scores.json     the scores, or why there are none, with the hash of the report: the same for the same outcome
     run.json        what differs from run to run: when, how long, at what cost
+    report.md       all that for people, with charts beside it (of `basalt.eval.report`)
 
 Nothing that differs from run to run is in a hash, so that an interrupted run that was finished, a run from kept
 answers, and one in one go say the same.

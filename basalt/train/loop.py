@@ -20,6 +20,7 @@ from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import Projector
 from basalt.train import checkpoints, parallel
 from basalt.train.data import Batch, Dealer, Dealt, prepare
+from basalt.train.flops import FlopCounter, peak
 from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.phase import Phase
 from basalt.train.progress import Tally
@@ -155,6 +156,7 @@ class Run:
         recipe = self.recipe
         keep_freed_memory()
         layers = model.causal_lm.model.layers
+        flops, peak_rate = FlopCounter(model), peak(self.device, getattr(torch, recipe.dtype))
         if recipe.shard:
             parallel.shard(layers)
         if self.steps >= COMPILE_FROM:
@@ -178,7 +180,8 @@ class Run:
                 "learning_rate": (optimizer.peaks[-1] * factor, 1),
                 "padding": (positions - tokens, positions),
             }
-            return Tally(means, tokens)
+            at_peak = sum(flops.of(batch.packed) for batch in batches) / peak_rate if peak_rate else 0.0
+            return Tally(means, tokens, at_peak)
 
         def load(state: dict[str, Any]) -> None:
             optimizer.load(state["optimizer"])

@@ -17,6 +17,7 @@ from basalt.eval import run as running
 from basalt.eval.asking import Limits, Price, Progress
 from basalt.eval.endpoint import AskError
 from basalt.eval.judge import Judge
+from basalt.eval.report import write_run_report
 from basalt.eval.run import Result, Task
 from basalt.object_store import ObjectStore, StoreUnavailable
 from basalt.record import jobs
@@ -165,7 +166,8 @@ class Attempt:
 
     async def _publish(self, result: Result) -> Outcome:
         """Brings the files to the object store."""
-        names = [name for name in FILES if (self.directory / name).exists()]
+        reported = await asyncio.to_thread(write_run_report, self.directory)
+        names = [name for name in FILES if (self.directory / name).exists()] + reported
         for name in names:
             await self.store.put_file(f"evals/{self.job.id}/{name}", self.directory / name)
         told = ("status", "why", "answered", "failures", "scores", "hash")

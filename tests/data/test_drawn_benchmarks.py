@@ -13,7 +13,7 @@ from basalt.eval.scoring import find, score_answers
 
 READ = {
     "pope": ("pope", "pope/images"),
-    "scienceqa": ("scienceqa/data", "scienceqa/images"),
+    "scienceqa": ("scienceqa", "scienceqa/images"),
     "textvqa": ("textvqa/TextVQA_0.5.1_val.json", "textvqa/images"),
 }
 
@@ -55,7 +55,7 @@ def test_what_is_asked_about_is_there_or_not(scenes: Path, made: Path) -> None:
 
 
 def test_choices_differ_and_the_right_one_has_no_place_of_its_own(made: Path) -> None:
-    problems = json.loads((made / "scienceqa/data/problems.json").read_text()).values()
+    problems = json.loads((made / "scienceqa/problems.json").read_text()).values()
     assert all(len(set(problem["choices"])) == 4 for problem in problems)
     assert len({problem["answer"] for problem in problems}) == 4
 

@@ -83,7 +83,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_a_run_as_a_user_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BASALT_DATABASE", f"sqlite:///{tmp_path}/basalt.db")
-    data = write_mmmu(tmp_path / "validation.parquet")
+    monkeypatch.setenv("BASALT_BENCHMARKS", str(tmp_path / "home"))
+    (tmp_path / "home/mmmu").mkdir(parents=True)
+    data = write_mmmu(tmp_path / "home/mmmu/validation.parquet")
     out, blind = tmp_path / "run", tmp_path / "blind"
 
     async def always_a(body: dict[str, Any], _: int) -> Response:
@@ -96,9 +98,16 @@ def test_a_run_as_a_user_starts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert first.exit_code == 0, first.output
         assert "official: accuracy 33.3" in first.output and "strict: accuracy 33.3" in first.output
         hashed = json.loads((out / "scores.json").read_text())["hash"]
+        assert f"`{hashed.removeprefix('sha256:')[:16]}`" in (out / "report.md").read_text()
         again = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "again"), "--json"])
         assert json.loads(again.stdout)["hash"] == hashed
         assert sum(server.asked.values()) == 6
+        kept = ["eval", "run", "mmmu", "--model", "m", "--url", server.url, "--out", str(tmp_path / "kept"), "--json"]
+        from_home = CliRunner().invoke(app, kept)
+        assert json.loads(from_home.stdout)["scores"] == json.loads(again.stdout)["scores"]
+        assert sum(server.asked.values()) == 6
+        absent = CliRunner().invoke(app, ["eval", "run", "pope", "--model", "m", "--url", server.url])
+        assert absent.exit_code == 1 and "home/pope: put the benchmark's published files there" in absent.output
         sightless = CliRunner().invoke(app, [*command, "--out", str(blind), "--blind", "--json", "--limit", "4"])
         assert json.loads(sightless.stdout)["answered"] == 4
         assert {one["prediction"] for one in lines(blind / "answers.jsonl")} == {"B"}

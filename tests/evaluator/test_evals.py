@@ -64,7 +64,8 @@ def test_one_call_makes_a_report(evaluator: Evaluator, assistant: Server) -> Non
     messages = [event["message"] for event in told]
     assert messages[0] == "Created" and messages[-1] == "Done: scored" and "asking: 30 of 30" in messages
     files = [one["id"] for one in httpx.get(f"{evaluator.url}{run.report_url}").json()["data"]]
-    assert {"scores.json", "manifest.json", "answers.jsonl", "verdicts.jsonl"} <= set(files)
+    assert {"scores.json", "manifest.json", "answers.jsonl", "verdicts.jsonl", "report.md"} <= set(files)
+    assert "| soft | 30 | 100.0 [" in httpx.get(f"{runs}/files/report.md").text
     assert httpx.get(f"{runs}/files/scores.json").json()["hash"] == run.scores["hash"]
     assert len(httpx.get(f"{runs}/files/answers.jsonl").text.splitlines()) == 30
     assert httpx.get(f"{runs}/files/passwd").status_code == 404

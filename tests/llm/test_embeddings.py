@@ -92,3 +92,14 @@ def test_what_lies_under_the_digest_is_checked_too(tmp_path: Path) -> None:
     (tmp_path / DIGEST.removeprefix("sha256:")).write_bytes(b"rubbish")
     with pytest.raises(vllm_exceptions.VLLMValidationError, match="not readable"):
         spec.decode(DIGEST)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(value: float, dtype: torch.dtype) -> None:
+    spec = EmbeddingsSpec(lm_dim=37, max_tokens=10, dtype=dtype, handoff=Path("/nowhere"))
+    for place in range(0, 370, 7):
+        embeddings = torch.randn(370).to(dtype)
+        embeddings[place] = value
+        with pytest.raises(vllm_exceptions.VLLMValidationError, match="finite"):
+            spec.decode(encoded(embeddings.view(10, 37)))

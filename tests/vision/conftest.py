@@ -57,7 +57,7 @@ async def start(models: Path, tmp_path: Path) -> AsyncIterator[Start]:
         settings = Settings(**places | defaults | given)
         torch.set_num_threads(1)
         store = DirectoryStore(tmp_path / "objects")
-        embedder = Embedder(Catalog(models, settings.versions_dir, store), store, settings)
+        embedder = Embedder(Catalog(settings.models_dir, settings.versions_dir, store), store, settings)
         embedder.load()
         batches: list[int] = []
         for tower in embedder._towers.values():

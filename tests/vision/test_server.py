@@ -1,6 +1,7 @@
 """The vision service's contract, over real gRPC, on a tiny SigLIP tower."""
 
 import asyncio
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import prometheus_client
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -15,13 +17,15 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from safetensors.torch import load_file
 
 from basalt.assistants import load_assistants, sha256
+from basalt.catalog import reference
 from basalt.data.images import decode_image
 from basalt.handoff import handoff_path
 from basalt.model.projector import load_projector
 from basalt.model.vision_encoder import load_vision_encoder
 from basalt.object_store import image_key
+from basalt.registry import publish
 from basalt.rpc.vision.v1 import vision_pb2
-from tests.tiny import LM_DIM, TOKENS, picture
+from tests.tiny import LM_DIM, TOKENS, make_assistant, picture
 from tests.vision.conftest import Start, Vision
 
 SERVICE = "basalt.rpc.vision.v1.Vision"
@@ -315,3 +319,43 @@ def test_the_process_says_what_is_missing(tmp_path: Path, free_port: int):
     assert process.returncode == 2
     assert "BASALT_MODELS_DIR" in said
     assert "Traceback" not in said
+
+
+async def test_metrics_tell_images_by_assistant_and_cache(start: Start):
+    def count(cached: str) -> float:
+        labels = {"assistant": "two", "cached": cached}
+        return prometheus_client.REGISTRY.get_sample_value("basalt_vision_images_total", labels) or 0
+
+    vision = await start()
+    before = {cached: count(cached) for cached in ("nothing", "features", "embeddings")}
+    await embed(vision, "one", picture(1))
+    await embed(vision, "two", picture(1))
+    await embed(vision, "two", picture(1))
+    await embed(vision, "two", picture(2))
+    assert {cached: count(cached) - seen for cached, seen in before.items()} == dict.fromkeys(before, 1)
+
+
+async def test_versions_of_the_registry_are_brought_when_asked_for(start: Start, models: Path, tmp_path: Path):
+    vision = await start()
+    make_assistant(tmp_path / "elsewhere", "three", models.parent / "tower", seed=3)
+    await publish(vision.store, tmp_path / "elsewhere/three")
+    wanted = reference(load_assistants(tmp_path / "elsewhere")["three"])
+    answer = await embed(vision, wanted, picture(1))
+    values = np.frombuffer(answer.data, "<f4").reshape(answer.shape)
+    right = expected(tmp_path / "elsewhere", "three", picture(1)).numpy()
+    np.testing.assert_allclose(values, right, rtol=1e-4, atol=1e-5)
+    code, _ = await refusal(embed(vision, f"three@{64 * 'a'}", picture(1)))
+    assert code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_version_is_served_unchanged_after_its_directory_is_replaced(
+    start: Start, tmp_path: Path, models: Path
+):
+    root = tmp_path / "served"
+    make_assistant(root, "one", models.parent / "tower", seed=1)
+    vision = await start(BASALT_MODELS_DIR=root, projector_bytes=0, embedding_cache_bytes=0)
+    old = reference(vision.embedder.catalog.local["one"])
+    before = await embed(vision, old, picture(1))
+    shutil.rmtree(root / "one")
+    make_assistant(root, "one", models.parent / "tower", seed=9)
+    assert (await embed(vision, old, picture(1))).data == before.data
