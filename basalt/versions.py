@@ -63,7 +63,7 @@ def publish_run(
 
 @app.command()
 def pull(reference: Reference, models: Models = Path("models")) -> None:
-    """Brings a version from the registry to the directory that is served; it is served with the next start."""
+    """Brings a version from the registry to the directory that services load at their start."""
     plainly(lambda: typer.echo(asyncio.run(registry.pull(_store(), *_resolve(reference), models)).directory))
 
 
