@@ -194,10 +194,10 @@ def first_loss(directory: Path, *, lora: bool) -> float:
 
 def trl(directory: Path, *, lora: bool, steps: int) -> dict[str, Any]:
     """Trains with TRL's SFTTrainer, on the samples in the order in which ours took them."""
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
     from transformers import SiglipImageProcessorPil, TrainerCallback
-    from trl.trainer.sft_config import SFTConfig
-    from trl.trainer.sft_trainer import SFTTrainer
+    from trl.trainer.sft_config import SFTConfig  # pyright: ignore[reportMissingImports]
+    from trl.trainer.sft_trainer import SFTTrainer  # pyright: ignore[reportMissingImports]
 
     tokenizer = AutoTokenizer.from_pretrained(directory / "lm")
     processor = LlavaProcessor(

@@ -65,7 +65,7 @@ class WeightsAndBiases:
     """A run that goes on is the same run there: its id comes from its directory."""
 
     def __init__(self, directory: Path, project: str) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         name, recipe = _about(directory)
         identity = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:16]
@@ -77,7 +77,7 @@ class WeightsAndBiases:
         self._run.log(told, step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         self._run.log({name: wandb.Html(text.replace("\n", "<br>"))}, step=step)
 
@@ -89,7 +89,7 @@ class MLflow:
     """A run that goes on is the same run there: its id is kept in its directory."""
 
     def __init__(self, directory: Path, project: str) -> None:
-        from mlflow import MlflowClient
+        from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]
 
         self._client = MlflowClient()
         kept = directory / "mlflow-run"
@@ -105,7 +105,7 @@ class MLflow:
         kept.write_text(self._run)
 
     def figures(self, step: int, told: dict[str, float]) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric  # pyright: ignore[reportMissingImports]
 
         now = round(time.time() * 1000)
         self._client.log_batch(self._run, metrics=[Metric(name, value, now, step) for name, value in told.items()])
