@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -48,11 +48,17 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         assistants: Assistants = app.state.services.assistants
-        return {"object": "list", "data": [_model(name, None) for name in await assistants.names()]}
+        listed = []
+        for name in await assistants.names():
+            with suppress(errors.APIError):  # of several versions none is the one that the bare name means
+                listed.append(_model(name, await assistants.resolve(name)))
+                continue
+            listed.append(_model(name))
+        return {"object": "list", "data": listed}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        return _model(name, await app.state.services.assistants.resolve(name, {}))
+        return _model(name, await app.state.services.assistants.resolve(name))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -113,10 +119,11 @@ def main() -> None:
     )
 
 
-def _model(name: str, version: str | None) -> dict[str, Any]:
-    """OpenAI's model object. `created` is required by it and not known of an assistant."""
+def _model(name: str, resolved: str | None = None) -> dict[str, Any]:
+    """OpenAI's model object, with the version, sha256:…, that the name means now, canaries apart. `created` is
+    required by OpenAI's clients and not known of an assistant."""
     told = {"id": name, "object": "model", "created": 0, "owned_by": "basalt"}
-    return told | ({"version": version} if version else {})
+    return told | ({"version": f"sha256:{resolved.partition('@')[2]}"} if resolved else {})
 
 
 def _refuse(line: str) -> int:

@@ -54,8 +54,8 @@ class Assistants:
         self._pointers: dict[str, Pointers] = {}
         self._reading: SingleFlight[str, Pointers] = SingleFlight()
 
-    async def resolve(self, model: str, body: Mapping[str, Any]) -> str:
-        """NAME@HEX of what a request asks for.
+    async def resolve(self, model: str, body: Mapping[str, Any] | None = None) -> str:
+        """NAME@HEX of what a request asks for; without a request, of what the name means but for a canary.
 
         Raises:
             APIError: 404 there is none; 503 it cannot be told now.
@@ -64,7 +64,7 @@ class Assistants:
         if not re.fullmatch(NAME, name):
             raise await self._unknown(model)
         pointers = await self._current(name)
-        if not at and pointers.canary and _slice_of(body) < pointers.share * SLICES:
+        if not at and body is not None and pointers.canary and _slice_of(body) < pointers.share * SLICES:
             return _written(name, pointers.canary)
         wanted = wanted if at else registry.PRODUCTION
         if wanted in pointers.aliases:

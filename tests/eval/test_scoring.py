@@ -124,12 +124,13 @@ def test_grades_are_numbers_from_0_to_1_or_none(answers: list[str]) -> None:
 def test_no_answer_takes_long_to_read(name: str) -> None:
     """30,000 characters of anything repeated, before and after what a pattern may wait for."""
     benchmark, sample = SAMPLES[name]
+    score = BENCHMARKS[benchmark].scorer([sample])
     repeated = [*PIECES, "9", "1.", "111,", "e9", "answer ", "answer is ", "choice", "A. ", "I ", "\x1c", "no,", "-"]
     for piece in repeated:
         for head, tail in (("", ""), ("answer", "x"), ("9", "e")):
             answer = head + piece * (30_000 // len(piece)) + tail
             began = time.process_time()
-            BENCHMARKS[benchmark].score(sample, answer)
+            score(sample, answer)
             assert time.process_time() - began < 0.5, (head, piece, tail)
 
 

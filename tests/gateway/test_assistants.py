@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from basalt.assistants import load_assistant
@@ -130,3 +131,18 @@ def image_url() -> str:
     from tests.tiny import picture
 
     return "data:image/png;base64," + base64.b64encode(picture(77)).decode()
+
+
+def test_the_list_of_models_says_which_version_a_name_means(
+    stack: Stack, sessions: Sessions, versions: tuple[str, list[str]]
+):
+    name, (_, new) = versions
+    assert told_versions(stack)[name] is None  # two versions, and none in production
+    point(sessions, name, new)
+    told = told_versions(stack)
+    assert told[name] == httpx.get(f"{stack.url}/v1/models/{name}").json()["version"] == new
+    assert told["one"]  # of the vision service's own directory
+
+
+def told_versions(stack: Stack) -> dict[str, str | None]:
+    return {each["id"]: each.get("version") for each in httpx.get(f"{stack.url}/v1/models").json()["data"]}
