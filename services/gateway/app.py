@@ -1,7 +1,6 @@
 """The gateway's HTTP face. `python -m services.gateway`"""
 
 import asyncio
-import logging
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -9,6 +8,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 
 from basalt import api_errors as errors
@@ -20,6 +20,7 @@ from services.gateway.fetch import Fetcher
 from services.gateway.images import ImageIntake
 from services.gateway.llm_client import LLMClient
 from services.gateway.settings import Settings
+from services.gateway.telemetry import Telemetry, log_to_stderr
 from services.gateway.vision_client import VisionClient
 
 
@@ -40,6 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="Basalt", summary="An OpenAI-compatible gateway to your vision assistants", lifespan=lifespan)
     errors.install(app, "gateway")
+    app.add_middleware(Telemetry)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -59,6 +61,11 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
         return _model(name, await app.state.services.assistants.resolve(name))
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        """For Prometheus."""
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -100,9 +107,9 @@ def open_services(settings: Settings, store: ObjectStore, sessions: Sessions) ->
 
 def main() -> None:
     """Exit code 2: could not start."""
-    logging.basicConfig(level=logging.WARNING, format="basalt gateway: %(message)s", stream=sys.stderr)
     try:
         settings = Settings()
+        log_to_stderr(settings.log_level)
         app = create_app(settings)
     except ValidationError as error:
         problem = error.errors()[0]

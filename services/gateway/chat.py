@@ -8,6 +8,7 @@ from typing import TypeVar
 from fastapi import Request, Response
 
 from basalt.api_errors import bad_request
+from services.gateway import telemetry
 from services.gateway.assistants import Assistants
 from services.gateway.images import ImageIntake, StoredImage
 from services.gateway.llm_client import HandoffMissed, LLMClient
@@ -53,13 +54,16 @@ async def complete(request: Request, services: Services) -> Response:
 async def _answer(chat: ChatRequest, services: Services) -> Response:
     version = await services.assistants.resolve(chat.model, chat.body)
     chat = chat.for_version(version)
+    record = telemetry.record()
+    record.assistant, record.images = version.partition("@")[0], len(chat.images)
     images = await _take_images(chat, services)
     try:
-        cached = await _replace_images(chat, images, services, by_reference=services.llm.sees_handoff())
-        response = await services.llm.chat(chat.encode())
+        with telemetry.stage("vision"):
+            cached = await _replace_images(chat, images, services, by_reference=services.llm.sees_handoff())
+        response = await services.llm.chat(chat.encode(), show_usage=chat.wants_usage)
     except HandoffMissed:
         cached = await _replace_images(chat, images, services, by_reference=False)
-        response = await services.llm.chat(chat.encode())
+        response = await services.llm.chat(chat.encode(), show_usage=chat.wants_usage)
     response.headers[VERSION_HEADER] = version
     if cached:
         response.headers[CACHE_HEADER] = ", ".join(cached)

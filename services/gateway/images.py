@@ -11,6 +11,7 @@ from basalt.api_errors import bad_request, unavailable
 from basalt.assistants import sha256
 from basalt.data.images import ImageError, decode_image
 from basalt.object_store import ObjectStore, StoreError, image_key
+from services.gateway import telemetry
 from services.gateway.fetch import Fetcher, FetchError, TooLarge
 
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64", re.IGNORECASE)
@@ -48,14 +49,17 @@ class ImageIntake:
         if url[:5].lower() == "data:":
             data = await self._run(self._decode_data_url, url, param)
         else:
-            data = await self._fetch(url, param)
+            with telemetry.stage("fetch"):
+                data = await self._fetch(url, param)
         image_id = await self._run(sha256, data)
         key = image_key(image_id)
         try:
             # What is stored was checked when it was stored: images of earlier turns come again and again.
             if not await self._store.exists(key):
-                await self._check(data, param)
-                await self._store.put(key, data)
+                with telemetry.stage("decode"):
+                    await self._check(data, param)
+                with telemetry.stage("store"):
+                    await self._store.put(key, data)
         except StoreError as error:
             raise unavailable("object store") from error
         return StoredImage(image_id, key, data)

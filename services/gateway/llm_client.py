@@ -2,17 +2,20 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any
+from uuid import uuid4
 
 import httpx
 from fastapi import Response
 from fastapi.responses import StreamingResponse
-from starlette.background import BackgroundTask
 
 from basalt.api_errors import APIError, failed, timed_out, unavailable
 from basalt.handoff import MISSED
+from services.gateway import telemetry
+from services.gateway.telemetry import REQUEST_ID_HEADER, Record
 
 log = logging.getLogger("basalt.gateway")
 
@@ -51,19 +54,26 @@ class LLMClient:
         """Whether references are worth trying."""
         return time.monotonic() >= self._inline_until
 
-    async def chat(self, body: bytes) -> Response:
+    async def chat(self, body: bytes, *, show_usage: bool) -> Response:
         """The service's answer: its JSON, or its event stream byte for byte as it comes.
+
+        Args:
+            body: the chat request; a stream's must ask for its usage.
+            show_usage: whether a stream's usage is the client's to see.
 
         Raises:
             HandoffMissed: embeddings it was referred to are not there.
             APIError: what the service refused (its own 4xx); 502, 503, 504.
         """
-        headers = {"Content-Type": "application/json"}
+        record = telemetry.record()
+        # Clients may use an id twice; to the service it must be one request's.
+        headers = {"Content-Type": "application/json", REQUEST_ID_HEADER: f"{record.id}-{uuid4().hex[:8]}"}
         request = self._http.build_request("POST", "/v1/chat/completions", content=body, headers=headers)
         try:
-            upstream = await self._http.send(request, stream=True)
+            with telemetry.stage("llm"):
+                upstream = await self._http.send(request, stream=True)
             if upstream.is_success and upstream.headers.get("content-type", "").startswith("text/event-stream"):
-                return self._stream(upstream)
+                return self._stream(upstream, record, show_usage)
             try:
                 content = await upstream.aread()
             finally:
@@ -71,28 +81,41 @@ class LLMClient:
         except httpx.HTTPError as error:
             raise self._told(error) from None
         if upstream.is_success:
+            record.first_token()
+            record.used(_usage(content))
             return Response(content, media_type="application/json")
         if (_error_of(content) or {}).get("param") == MISSED:
             self._inline_until = time.monotonic() + INLINE_SECONDS
             raise HandoffMissed
         raise _refusal(upstream.status_code, content)
 
-    def _stream(self, upstream: httpx.Response) -> StreamingResponse:
+    def _stream(self, upstream: httpx.Response, record: Record, show_usage: bool) -> StreamingResponse:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(
-            self._events(upstream),
-            media_type="text/event-stream",
-            headers=headers,
-            background=BackgroundTask(upstream.aclose),  # where the client went before the first event
-        )
+        record.held.push_async_callback(upstream.aclose)  # also where the client went before the first event
+        events = self._events(upstream, record, show_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
-    async def _events(self, upstream: httpx.Response) -> AsyncIterator[bytes]:
+    async def _events(self, upstream: httpx.Response, record: Record, show_usage: bool) -> AsyncIterator[bytes]:
+        """Whole events as they come."""
+        sent, usage = 0, None
+        rest = b""
         try:
             async for chunk in upstream.aiter_raw():
-                yield chunk
+                whole, end, rest = (rest + chunk).rpartition(b"\n\n")
+                events = whole + end
+                if not sent and events:
+                    record.first_token()
+                sent += events.count(b"data: ")
+                if told := _USAGE_EVENT.search(events):
+                    usage = _usage(told[1])
+                    events = events if show_usage else events.replace(told[0], b"")
+                if events:
+                    yield events
         except httpx.HTTPError as error:  # the status is sent already: what happened is told as an event
-            yield b"\n\ndata: " + json.dumps(self._told(error).body()).encode() + b"\n\ndata: [DONE]\n\n"
+            yield b"data: " + json.dumps(self._told(error).body()).encode() + b"\n\ndata: [DONE]\n\n"
         finally:
+            # An answer that was broken off has not told its usage: each event was a token, more or less.
+            record.used(usage or {"completion_tokens": sent})
             await upstream.aclose()
 
     def _told(self, error: httpx.HTTPError) -> APIError:
@@ -100,6 +123,19 @@ class LLMClient:
         if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
             return timed_out("llm", self._silence_seconds)
         return unavailable("llm")
+
+
+# The last event before [DONE]. Within a text these quotation marks would be escaped.
+_USAGE_EVENT = re.compile(rb'data: ([^\n]*"choices":\s*\[\][^\n]*)\n\n')
+
+
+def _usage(content: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(content)
+    except ValueError:
+        return {}
+    usage = body.get("usage") if isinstance(body, dict) else None
+    return usage if isinstance(usage, dict) else {}
 
 
 def _refusal(status: int, content: bytes) -> APIError:

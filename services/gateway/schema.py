@@ -7,6 +7,14 @@ from typing import Any, NoReturn
 from basalt.api_errors import bad_request
 
 PART_TYPES = ("text", "image_url", "refusal")
+DETAILS = ("auto", "low", "high", "original")
+MAX_CHOICES = 16  # `n`: answers to one request
+# vLLM takes these from whoever asks; they reach into the engine, or past the assistant.
+NOT_FOR_CLIENTS = {
+    *("kv_transfer_params", "ec_transfer_params", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs"),
+    *("priority", "request_id", "use_beam_search", "chat_template"),
+    *("prompt_logprobs", "return_token_ids", "return_prompt_text"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,8 +43,22 @@ class ChatRequest:
         self.body["model"] = version
         return replace(self, model=version)
 
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the usage of a stream is for the client too."""
+        options = self.body.get("stream_options")
+        return isinstance(options, dict) and bool(options.get("include_usage"))
+
     def encode(self) -> bytes:
-        return json.dumps(self.body, ensure_ascii=False, separators=(",", ":")).encode()
+        """For the LLM service: a stream tells its usage always."""
+        options = self.body.get("stream_options") or {}
+        if self.body.get("stream") is True and isinstance(options, dict):
+            return self._written(self.body | {"stream_options": options | {"include_usage": True}})
+        return self._written(self.body)
+
+    @staticmethod
+    def _written(body: dict[str, Any]) -> bytes:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def parse_chat(raw: bytes, max_images: int) -> ChatRequest:
@@ -49,9 +71,13 @@ def parse_chat(raw: bytes, max_images: int) -> ChatRequest:
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise bad_request("'model' must be the name of an assistant; GET /v1/models lists them", "model")
-    embeds = next((key for key in body if key.endswith("_embeds")), None)
-    if embeds is not None:
-        raise bad_request(f"'{embeds}' is not accepted: send images as image_url parts", embeds, "unsupported_value")
+    for key in body:
+        if key.endswith("_embeds"):
+            raise bad_request(f"'{key}' is not accepted: send images as image_url parts", key, "unsupported_value")
+        if key in NOT_FOR_CLIENTS:
+            raise bad_request(f"'{key}' is not accepted: leave it out", key, "unsupported_value")
+    if isinstance(n := body.get("n"), int) and n > MAX_CHOICES:
+        raise bad_request(f"'n' is at most {MAX_CHOICES}, not {n}", "n")
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise bad_request("'messages' must be a list of at least one message", "messages")
@@ -122,4 +148,7 @@ def _image(content: list[Any], index: int, where: str) -> ImagePart | None:
         raise bad_request(
             f"'{where}.image_url' must be an object {{\"url\": …}} with an http(s) or data: URL", f"{where}.image_url"
         )
+    detail = image_url.get("detail")
+    if detail is not None and detail not in DETAILS:
+        raise bad_request(f"'{where}.image_url.detail' is one of {', '.join(DETAILS)}", f"{where}.image_url.detail")
     return ImagePart(url, f"{where}.image_url.url", content, index)

@@ -1,6 +1,6 @@
 """The gateway's settings, from the environment."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
@@ -29,6 +29,8 @@ class Settings(StoreSettings, RecordSettings):
     allow_private_hosts: Annotated[frozenset[str], NoDecode] = frozenset()
     fetch_connect_seconds: float = Field(default=5, gt=0)
     fetch_seconds: float = Field(default=15, gt=0)  # for one image URL, redirects included
+
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"  # at INFO, one line a request
 
     body_seconds: float = Field(default=60, gt=0)  # for a client to send its request
     embed_seconds: float = Field(default=30, gt=0)  # for the vision service to answer
