@@ -1,5 +1,7 @@
 """Every error a client can see, in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""
 
+import math
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -19,6 +21,7 @@ class APIError(Exception):
         type: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        retry_after: float = RETRY_AFTER_SECONDS,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -26,12 +29,13 @@ class APIError(Exception):
         self.type = type
         self.param = param
         self.code = code
+        self.retry_after = retry_after  # seconds, of 429 and 503
 
     def body(self) -> dict[str, object]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else None
+        headers = {"Retry-After": str(math.ceil(self.retry_after))} if self.status in (429, 503) else None
         return JSONResponse(self.body(), self.status, headers)
 
 

@@ -2,12 +2,31 @@
 
 import asyncio
 import ipaddress
+import time
+from dataclasses import dataclass, field
 
 from fastapi import Request
+from sqlalchemy.exc import SQLAlchemyError
 
-from basalt.api_errors import APIError
+from basalt.api_errors import APIError, unavailable
 from basalt.record.api_keys import find_key
 from basalt.record.database import Sessions
+
+MAX_REMEMBERED = 10_000  # keys
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks.
+
+    Attributes:
+        id: of the API key; empty where none is needed.
+        limits: that the key has of its own, by name.
+    """
+
+    id: str = ""
+    scopes: tuple[str, ...] = ()
+    limits: dict[str, int] = field(default_factory=dict)
 
 
 class Guard:
@@ -15,34 +34,56 @@ class Guard:
 
     Args:
         scope: what the request must be allowed to do.
-        host: the address the service listens on; on any but loopback every request needs a key.
-        required: whether loopback needs one too.
+        host: the address the service listens on.
+        required: whether every request needs a key; by default on any address but loopback.
+        fresh_seconds: that a key which was valid is taken as valid without asking again. Where the state of record
+            cannot be read, it goes on being valid.
     """
 
-    def __init__(self, sessions: Sessions, scope: str, *, host: str, required: bool) -> None:
-        self._sessions, self._scope = sessions, scope
-        self._required = required or not is_loopback(host)
+    def __init__(
+        self, sessions: Sessions, scope: str, *, host: str, required: bool | None = None, fresh_seconds: float = 0
+    ) -> None:
+        self._sessions, self._scope, self._fresh_seconds = sessions, scope, fresh_seconds
+        self._required = not is_loopback(host) if required is None else required
+        self._valid: dict[str, tuple[Caller, float]] = {}  # by secret, and until when
 
-    async def __call__(self, request: Request) -> str:
-        """The id of the key; empty where none is needed and none was given."""
+    async def __call__(self, request: Request) -> Caller:
         scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
         given = secret.strip() if scheme.lower() == "bearer" else ""
         if not self._required:
-            return ""
+            return Caller()
         if not given:
             raise _refused(401, "give an API key: Authorization: Bearer KEY (`basalt keys create` makes one)")
-        key = await asyncio.to_thread(self._find, given)
-        if key is None:
+        caller = await self._caller(given)
+        if caller is None:
             raise _refused(401, "this API key is not known, or was revoked")
-        key_id, scopes = key
-        if self._scope not in scopes:
-            raise _refused(403, f"this API key may not {self._scope}: its scopes are {', '.join(scopes) or 'none'}")
-        return key_id
+        if self._scope not in caller.scopes:
+            scopes = ", ".join(caller.scopes) or "none"
+            raise _refused(403, f"this API key may not {self._scope}: its scopes are {scopes}")
+        return caller
 
-    def _find(self, secret: str) -> tuple[str, list[str]] | None:
+    async def _caller(self, secret: str) -> Caller | None:
+        known, until = self._valid.get(secret, (None, 0.0))
+        if known and time.monotonic() < until:
+            return known
+        try:
+            found = await asyncio.to_thread(self._find, secret)
+        except SQLAlchemyError as error:
+            if known is None:
+                raise unavailable("state of record") from error
+            found = known
+        if found is None:
+            self._valid.pop(secret, None)
+        elif self._fresh_seconds:
+            if len(self._valid) >= MAX_REMEMBERED:
+                self._valid.clear()
+            self._valid[secret] = (found, time.monotonic() + self._fresh_seconds)
+        return found
+
+    def _find(self, secret: str) -> Caller | None:
         with self._sessions() as session:
             key = find_key(session, secret)
-            return None if key is None else (key.id, key.scopes)
+            return None if key is None else Caller(key.id, tuple(key.scopes), key.limits)
 
 
 def is_loopback(host: str) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import JSON, select
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -11,6 +11,7 @@ from basalt.record.clock import now
 from basalt.record.database import Base
 
 SCOPES = ("chat", "train", "evaluate")
+LIMITS = ("requests_per_minute", "tokens_per_minute", "fetches_per_minute", "concurrent_requests")
 PREFIX = "bsk-"
 
 
@@ -25,20 +26,29 @@ class ApiKey(Base):
     name: Mapped[str]  # whose, or what for
     digest: Mapped[str] = mapped_column(unique=True)  # sha256 of the key: 256 random bits need no slower hash
     scopes: Mapped[list[str]] = mapped_column(JSON)
+    limits: Mapped[dict[str, int]] = mapped_column(JSON, default=dict, server_default="{}")
     created_at: Mapped[float] = mapped_column(default=now())
     revoked_at: Mapped[float | None]
 
 
-def create_key(session: Session, name: str, scopes: Sequence[str]) -> tuple[ApiKey, str]:
+def create_key(
+    session: Session, name: str, scopes: Sequence[str], limits: Mapping[str, int] | None = None
+) -> tuple[ApiKey, str]:
     """A new key, and the secret itself.
 
+    Args:
+        limits: of its own, by the names in LIMITS; the service's hold where it has none.
+
     Raises:
-        ValueError: an unknown scope.
+        ValueError: an unknown scope or limit.
     """
+    if strange := sorted(set(limits or {}) - set(LIMITS)):
+        raise ValueError(f"unknown limit {strange[0]!r}: there are {', '.join(LIMITS)}")
     if unknown := sorted(set(scopes) - set(SCOPES)):
         raise ValueError(f"unknown scope {unknown[0]!r}: there are {', '.join(SCOPES)}")
     secret = PREFIX + secrets.token_urlsafe(32)
-    key = ApiKey(id=f"key-{secrets.token_hex(8)}", name=name, digest=_digest(secret), scopes=list(scopes))
+    key_id = f"key-{secrets.token_hex(8)}"
+    key = ApiKey(id=key_id, name=name, digest=_digest(secret), scopes=list(scopes), limits=dict(limits or {}))
     session.add(key)
     session.flush()
     return key, secret

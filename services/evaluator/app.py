@@ -43,7 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
     told = ((NoSuchEval, 404, "not_found"), (NoSuchFile, 404, "not_found"), (NotPossible, 409, "conflict"))
     for kind, status, code in told:
         app.add_exception_handler(kind, _told(status, code))
-    guard = Guard(sessions, "evaluate", host=settings.host, required=settings.require_key)
+    guard = Guard(sessions, "evaluate", host=settings.host, required=settings.require_key or None)
     app.include_router(evals.router(settings, sessions, store, data, dispatcher), dependencies=[Depends(guard)])
 
     @app.get("/healthz")

@@ -4,24 +4,29 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Annotated, Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
 
 from basalt import api_errors as errors
+from basalt.auth import Caller, Guard
 from basalt.object_store import ObjectStore
+from basalt.record.api_keys import LIMITS
 from basalt.record.database import Sessions, open_database
 from services.gateway.assistants import Assistants
 from services.gateway.chat import Services, complete
 from services.gateway.fetch import Fetcher
 from services.gateway.images import ImageIntake
+from services.gateway.limits import Buckets, FairQueue, Limits, Room
 from services.gateway.llm_client import LLMClient
 from services.gateway.settings import Settings
 from services.gateway.telemetry import Telemetry, log_to_stderr
 from services.gateway.vision_client import VisionClient
+
+KEY_SECONDS = 2.0  # within which a revoked key is refused
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -43,11 +48,14 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app, "gateway")
     app.add_middleware(Telemetry)
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        return await complete(request, app.state.services)
+    guard = Guard(sessions, "chat", host=settings.host, required=settings.require_key, fresh_seconds=KEY_SECONDS)
+    Asking = Annotated[Caller, Depends(guard)]
 
-    @app.get("/v1/models")
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, caller: Asking) -> Response:
+        return await complete(request, caller, app.state.services)
+
+    @app.get("/v1/models", dependencies=[Depends(guard)])
     async def models() -> dict[str, Any]:
         assistants: Assistants = app.state.services.assistants
         listed = []
@@ -58,7 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
             listed.append(_model(name))
         return {"object": "list", "data": listed}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name}", dependencies=[Depends(guard)])
     async def model(name: str) -> dict[str, Any]:
         return _model(name, await app.state.services.assistants.resolve(name))
 
@@ -96,12 +104,18 @@ def open_services(settings: Settings, store: ObjectStore, sessions: Sessions) ->
         private_hosts=settings.allow_private_hosts,
     )
     vision = VisionClient(settings.vision_address, settings.embed_seconds)
+    buckets = Buckets(settings.redis_url)
+    limits = Limits({name: getattr(settings, name) for name in LIMITS}, buckets)
     return Services(
         settings,
-        ImageIntake(fetcher, store, max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
+        ImageIntake(fetcher, limits, store, max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
         Assistants(sessions, store, vision),
         vision,
         LLMClient(settings.llm_url, settings.llm_seconds),
+        buckets,
+        limits,
+        FairQueue(settings.max_running, settings.max_waiting, settings.wait_seconds),
+        Room(settings.max_held_bytes),
     )
 
 

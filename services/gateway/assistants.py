@@ -30,6 +30,7 @@ from services.gateway.vision_client import VisionClient
 
 log = logging.getLogger("basalt.gateway")
 
+MAX_NAMES = 1000  # remembered: a client can ask for any
 FRESH_SECONDS = 1.0  # that what was read of the state of record is taken as true
 SLICES = 10_000  # of the traffic that a canary's share is counted in
 
@@ -114,8 +115,9 @@ class Assistants:
                 canary.share if canary else 0.0,
                 time.monotonic(),
             )
-        if found.aliases or found.canary or name in self._pointers:
-            self._pointers[name] = found
+        if name not in self._pointers and len(self._pointers) >= MAX_NAMES:
+            self._pointers.pop(next(iter(self._pointers)))
+        self._pointers[name] = found
         return found
 
     async def _unknown(self, model: str, why: str = "") -> APIError:

@@ -8,12 +8,15 @@ from typing import TypeVar
 from fastapi import Request, Response
 
 from basalt.api_errors import bad_request
+from basalt.auth import Caller
 from services.gateway import telemetry
 from services.gateway.assistants import Assistants
 from services.gateway.images import ImageIntake, StoredImage
+from services.gateway.limits import Buckets, FairQueue, Limits, Room
 from services.gateway.llm_client import HandoffMissed, LLMClient
 from services.gateway.schema import ChatRequest, parse_chat
 from services.gateway.settings import Settings
+from services.gateway.telemetry import Record
 from services.gateway.vision_client import VisionClient, VisualTokens
 
 T = TypeVar("T")
@@ -32,31 +35,45 @@ class Services:
     assistants: Assistants
     vision: VisionClient
     llm: LLMClient
+    buckets: Buckets
+    limits: Limits
+    queue: FairQueue
+    room: Room
 
     async def close(self) -> None:
         await self.images.close()
         await self.vision.close()
         await self.llm.close()
+        await self.buckets.close()
 
 
-async def complete(request: Request, services: Services) -> Response:
+async def complete(request: Request, caller: Caller, services: Services) -> Response:
     """Answers POST /v1/chat/completions.
 
     Raises:
         APIError.
     """
-    settings = services.settings
-    raw = await _read_body(request, settings)
-    chat = parse_chat(raw, settings.max_images)
-    return await _while_connected(request, _answer(chat, services))
+    await services.limits.ask(caller)
+    raw = await _read_body(request, services)
+    chat = parse_chat(raw, services.settings.max_images)
+    return await _while_connected(request, answer(chat, caller, services))
 
 
-async def _answer(chat: ChatRequest, services: Services) -> Response:
-    version = await services.assistants.resolve(chat.model, chat.body)
-    chat = chat.for_version(version)
+async def answer(chat: ChatRequest, caller: Caller, services: Services) -> Response:
+    """The LLM's answer. The caller's turn lasts until the last of it is sent.
+
+    Raises:
+        APIError.
+    """
     record = telemetry.record()
+    version = await services.assistants.resolve(chat.model, chat.body)
     record.assistant, record.images = version.partition("@")[0], len(chat.images)
-    images = await _take_images(chat, services)
+    with telemetry.stage("queue"):
+        turn = services.queue.turn(caller.id, services.limits.of(caller, "concurrent_requests"))
+        await record.held.enter_async_context(turn)
+    record.held.push_async_callback(_count_tokens, record, caller, services.limits)
+    chat = chat.for_version(version)
+    images = await _take_images(chat, caller, services)
     try:
         with telemetry.stage("vision"):
             cached = await _replace_images(chat, images, services, by_reference=services.llm.sees_handoff())
@@ -70,10 +87,14 @@ async def _answer(chat: ChatRequest, services: Services) -> Response:
     return response
 
 
-async def _take_images(chat: ChatRequest, services: Services) -> dict[str, StoredImage]:
+async def _count_tokens(record: Record, caller: Caller, limits: Limits) -> None:
+    await limits.used(caller, record.prompt_tokens + record.completion_tokens)
+
+
+async def _take_images(chat: ChatRequest, caller: Caller, services: Services) -> dict[str, StoredImage]:
     """The request's images by URL, all fetched at the same time, equal URLs once."""
     first_of_url = {part.url: part for part in reversed(chat.images)}
-    taken = [services.images.take(url, part.param) for url, part in first_of_url.items()]
+    taken = [services.images.take(url, part.param, caller) for url, part in first_of_url.items()]
     return dict(zip(first_of_url, await _all(taken), strict=True))
 
 
@@ -102,7 +123,8 @@ async def _all(work: Sequence[Coroutine[None, None, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-async def _read_body(request: Request, settings: Settings) -> bytes:
+async def _read_body(request: Request, services: Services) -> bytes:
+    settings, held = services.settings, telemetry.record().held
     too_large = bad_request(
         f"the request has more than {settings.max_request_bytes:,} bytes: send fewer or smaller images",
         code="request_too_large",
@@ -112,6 +134,8 @@ async def _read_body(request: Request, settings: Settings) -> bytes:
     try:
         async with asyncio.timeout(settings.body_seconds):
             async for chunk in request.stream():
+                services.room.take(len(chunk))
+                held.callback(services.room.give_back, len(chunk))
                 body += chunk
                 if len(body) > settings.max_request_bytes:
                     raise too_large

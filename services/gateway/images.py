@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from basalt.api_errors import bad_request, unavailable
 from basalt.assistants import sha256
+from basalt.auth import Caller
 from basalt.data.images import ImageError, decode_image
 from basalt.object_store import ObjectStore, StoreError, image_key
 from services.gateway import telemetry
 from services.gateway.fetch import Fetcher, FetchError, TooLarge
+from services.gateway.limits import Limits
 
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64", re.IGNORECASE)
 
@@ -29,8 +31,11 @@ class StoredImage:
 class ImageIntake:
     """Takes images by URL. `close` at the end."""
 
-    def __init__(self, fetcher: Fetcher, store: ObjectStore, *, max_bytes: int, max_pixels: int) -> None:
+    def __init__(
+        self, fetcher: Fetcher, limits: Limits, store: ObjectStore, *, max_bytes: int, max_pixels: int
+    ) -> None:
         self._fetcher = fetcher
+        self._limits = limits
         self._store = store
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
@@ -40,15 +45,17 @@ class ImageIntake:
         await self._fetcher.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def take(self, url: str, param: str) -> StoredImage:
+    async def take(self, url: str, param: str, caller: Caller) -> StoredImage:
         """The image behind an http(s) or data: URL.
 
         Raises:
-            APIError: 400 not fetched or not an image, 413 too large, 503 the object store is down.
+            APIError: 400 not fetched or not an image, 413 too large, 429 too many fetches, 503 the object store is
+                down.
         """
         if url[:5].lower() == "data:":
             data = await self._run(self._decode_data_url, url, param)
         else:
+            await self._limits.fetch(caller)
             with telemetry.stage("fetch"):
                 data = await self._fetch(url, param)
         image_id = await self._run(sha256, data)

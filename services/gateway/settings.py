@@ -20,6 +20,20 @@ class Settings(StoreSettings, RecordSettings):
     vision_address: str = Field(default="127.0.0.1:50051", validation_alias="BASALT_VISION_ADDRESS")
     llm_url: str = Field(default="http://127.0.0.1:8000", validation_alias="BASALT_LLM_URL")
 
+    redis_url: str | None = Field(default=None, validation_alias="BASALT_REDIS_URL")  # for limits that replicas share
+
+    require_key: bool | None = None  # of every request; by default on any address but loopback
+    # For each API key that has no limits of its own; without a number there is none.
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    fetches_per_minute: int | None = Field(default=600, ge=1)  # of image URLs
+    concurrent_requests: int | None = Field(default=None, ge=1)
+    # For all together: what the LLM service answers at the same time, and what waits for its turn, in turns by key.
+    max_running: int = Field(default=64, ge=1)
+    max_waiting: int = Field(default=512, ge=0)
+    wait_seconds: float = Field(default=30, gt=0)
+    max_held_bytes: int = Field(default=512 * MEBI, ge=1)  # of request bodies
+
     max_request_bytes: int = Field(default=32 * MEBI, ge=1)
     max_images: int = Field(default=8, ge=0)  # in one request, earlier turns included
     max_image_bytes: int = Field(default=10 * MEBI, ge=1)

@@ -40,7 +40,7 @@ def create_app(settings: Settings) -> FastAPI:
     told = ((NoSuchFile, 404, "not_found"), (NoSuchJob, 404, "not_found"), (NotPossible, 409, "conflict"))
     for kind, status, code in told:
         app.add_exception_handler(kind, _told(status, code))
-    guard = Guard(sessions, "train", host=settings.host, required=settings.require_key)
+    guard = Guard(sessions, "train", host=settings.host, required=settings.require_key or None)
     for router in (files.router(settings, sessions, store), fine_tuning.router(settings, sessions, dispatcher)):
         app.include_router(router, dependencies=[Depends(guard)])
 

@@ -25,6 +25,7 @@ class Stack:
     ui: str
     trainer: str
     evaluator: str
+    llm: str
     log: Path
 
     def client(self) -> openai.OpenAI:
@@ -77,7 +78,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             launcher.terminate()
             pytest.fail(f"the stack did not start:\n{log.read_text()[-4000:]}")
         time.sleep(0.5)
-    urls = [f"http://127.0.0.1:{port}" for port in (gateway, ui, trainer, evaluator)]
+    urls = [f"http://127.0.0.1:{port}" for port in (gateway, ui, trainer, evaluator, llm)]
     yield Stack(psutil.Process(launcher.pid), *urls, log)
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(60) == 0, log.read_text()[-4000:]
