@@ -11,6 +11,7 @@ import typer
 
 from basalt.jobs import app as jobs
 from basalt.keys import app as keys
+from basalt.storage import app as store
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 train = typer.Typer(no_args_is_help=True, help="Train an assistant from a recipe.")
@@ -21,6 +22,7 @@ app.add_typer(data, name="data")
 app.add_typer(models, name="models")
 app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")
+app.add_typer(store, name="store")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="CONFIG", help="the recipe, a YAML file")]
 RunDirectory = Annotated[Path, typer.Option("--out", help="the run's directory; an interrupted run goes on from there")]

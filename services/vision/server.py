@@ -143,14 +143,23 @@ def load(settings: Settings) -> Embedder:
         StartError: there is none, or something of them is missing or does not fit.
     """
     try:
+        check_device(settings.device)
+        settings.check_store()
         assistants = load_assistants(settings.models_dir)
         if not assistants:
             raise StartError(
                 f"no assistant in {settings.models_dir.resolve()}: set BASALT_MODELS_DIR to a directory of them"
             )
         return Embedder.load(assistants, settings.open_store(), settings)
-    except (AssistantError, ValueError, OSError) as error:
+    except (AssistantError, ValueError, RuntimeError, OSError) as error:
         raise StartError(str(error)) from error
+
+
+def check_device(name: str) -> None:
+    """Raises StartError where torch has no such device."""
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise StartError(f"BASALT_VISION_DEVICE={name}: torch sees {torch.cuda.device_count()} GPUs here")
 
 
 async def serve(settings: Settings) -> None:
