@@ -1,0 +1,27 @@
+#!/bin/sh
+# Makes the stand-in images (see README.md) and prints the lines for .env. As root, with an engine and debootstrap.
+set -eu
+cd "$(dirname "$0")"
+if ! docker image inspect standin/python >/dev/null 2>&1; then
+    root=$(mktemp -d)
+    debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv,python3-pip bookworm "$root" >&2
+    # Containers reach package registries by the certificates this machine does.
+    cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
+    printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' >"$root/etc/pip.conf"
+    rm -rf "$root"/usr/share/doc/* "$root"/usr/share/man/* "$root"/usr/share/locale/* "$root"/var/cache/apt/archives/*.deb \
+        "$root"/var/lib/apt/lists/*
+    find "$root" -name __pycache__ -prune -exec rm -rf {} +
+    tar -C "$root" -c . | docker import - standin/python >&2
+    rm -rf "$root"
+fi
+for name in redis postgres minio prometheus; do
+    docker build -q -t "standin/$name" "$name" >&2
+done
+cat <<'ENV'
+PYTHON_IMAGE=standin/python
+REDIS_IMAGE=standin/redis
+POSTGRES_IMAGE=standin/postgres
+MINIO_IMAGE=standin/minio
+PROMETHEUS_IMAGE=standin/prometheus
+BASALT_S3_ACCESS_KEY=basalt:basalt
+ENV
