@@ -1,7 +1,7 @@
 # The first run of any target makes .venv; PYTHON chooses the Python (3.11 or newer) it is made with.
 PYTHON ?= python3
 VENV := .venv/bin
-.PHONY: up down test lint lock proto install images
+.PHONY: up down test lint lock proto install images settings
 
 up: require-python ## set everything up, start every service, print the addresses when healthy
 	@$(PYTHON) tools/install.py --start && exec $(VENV)/python -m basalt.up
@@ -21,6 +21,9 @@ install: require-python
 proto: install ## make basalt/rpc again from proto/
 	$(VENV)/python -m grpc_tools.protoc -I proto --python_out=. --pyi_out=. --grpc_python_out=. \
 		proto/basalt/rpc/vision/v1/vision.proto
+
+settings: install ## write docs/settings.md again
+	$(VENV)/python tools/settings_table.py
 
 lock: require-python ## choose new exact versions of everything: requirements.lock
 	$(PYTHON) tools/lock.py && $(PYTHON) tools/install.py && $(VENV)/python tools/extras.py

@@ -64,7 +64,8 @@ def test_no_gpu_where_one_is_asked_for(tmp_path: Path) -> None:
     code, lines = started(VISION, tmp_path, BASALT_VISION_DEVICE="cuda", BASALT_VISION_PORT="0")
     assert code == 2 and lines == ["basalt vision: BASALT_VISION_DEVICE=cuda: torch sees 0 GPUs here"], lines
     code, lines = started(WORKER, tmp_path, BASALT_TRAINER_REQUIRE_GPU="1")
-    assert code == 2 and lines == ["basalt worker: BASALT_TRAINER_REQUIRE_GPU is set, and torch sees no GPU here"], lines
+    told = "basalt worker: BASALT_TRAINER_REQUIRE_GPU is set, and torch sees no GPU here"
+    assert code == 2 and lines == [told], lines
 
 
 @pytest.mark.parametrize("service", ["vision", "llm"])
