@@ -18,12 +18,17 @@ VLLM_NAME = name_of(VLLM)
 
 
 def main() -> None:
+    LOCK.write_text(annotated())
+
+
+def annotated() -> str:
+    """The lock with the extras beside each line."""
     needs = extras_of_each()
     lines = []
     for line in LOCK.read_text().splitlines():
         pin = line.partition("  #")[0]
         lines.append(line if line.startswith("#") else f"{pin}  # {' '.join(sorted(needs.get(name_of(pin), ())))}")
-    LOCK.write_text("\n".join(line.rstrip(" #") for line in lines) + "\n")
+    return "\n".join(line.rstrip(" #") for line in lines) + "\n"
 
 
 def extras_of_each() -> dict[str, set[str]]:

@@ -208,7 +208,7 @@ def test_the_overlays(cluster: list[Manifest]) -> None:
     assert {each["spec"]["replicas"] for each in named(kustomized(OVERLAYS / "cpu"), "Deployment").values()} == {1}
     keda = kustomized(OVERLAYS / "keda")
     assert set(named(keda, "ScaledObject")) == {"worker", "eval-worker", "llm", "vision"}
-    scaled = {name for name in named(keda, "HorizontalPodAutoscaler")}
+    scaled = set(named(keda, "HorizontalPodAutoscaler"))
     assert not scaled & set(named(keda, "ScaledObject"))  # two that scale one would fight
 
 
