@@ -1,0 +1,222 @@
+"""As an operator would: everything in containers, asked, trained, killed, restarted."""
+
+import io
+import json
+import shutil
+import subprocess
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.deploy.engine import ROOT, Containers, missing, wait
+from tests.stack.browser import CHROMIUM, ask, attach, chat_page
+from tests.stack.test_stack import data_url, picture, question, shape, sign
+
+reason = missing()
+pytestmark = [
+    pytest.mark.stack,
+    pytest.mark.timeout(7200),
+    pytest.mark.skipif(reason is not None, reason=reason or ""),
+]
+
+MODEL = "basalt-tiny"
+LONG_RUNNING = ["gateway", "vision", "llm", "ui", "trainer", "worker", "evaluator", "eval-worker"]
+LONG_RUNNING += ["redis", "postgres", "minio"]
+
+
+@pytest.fixture(scope="session")
+def basalt() -> Iterator[Containers]:
+    containers = Containers.new("basalt-test")
+    try:
+        containers.compose("build", seconds=6000)
+        containers.compose("up", "--wait", "--wait-timeout", "900", seconds=1000)
+        yield containers
+    finally:
+        containers.compose("down", "--volumes", "--timeout", "20", check=False)
+
+
+@pytest.fixture(scope="session")
+def trainer(basalt: Containers) -> openai.OpenAI:
+    made = basalt.compose("exec", "-T", "trainer", "python", "-m", "basalt.cli", "keys", "create", "tests")
+    key = made.split()[-1]
+    return openai.OpenAI(base_url=f"{basalt.url('trainer')}/v1", api_key=key, max_retries=3, timeout=120)
+
+
+def answer(basalt: Containers, colour: str = "red") -> str:
+    messages = [question(picture(data_url(shape(colour))), "Describe the image.")]
+    reply = basalt.ask().chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=24)  # type: ignore[arg-type]
+    return reply.choices[0].message.content or ""
+
+
+def submit(client: openai.OpenAI, *, steps: int) -> str:
+    """A training job on six drawn pictures."""
+    colours = ["red", "green", "blue", "orange", "purple", "black"]
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for colour in colours:
+            data = shape(colour)
+            info = tarfile.TarInfo(f"{colour}.png")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    rows = [
+        {
+            "id": colour,
+            "image": f"{colour}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nDescribe the image."},
+                {"from": "gpt", "value": f"A {colour} circle."},
+            ],
+        }
+        for colour in colours
+    ]
+    training = client.files.create(file=("rows.json", json.dumps(rows).encode()), purpose="fine-tune").id
+    images = client.files.create(file=("images.tar", archive.getvalue()), purpose="fine-tune").id
+    wishes = {"hyperparameters": {"steps": steps, "checkpoint_every": 5}}
+    body = {
+        "model": MODEL,
+        "training_file": training,
+        "images_file": images,
+        "suffix": "circles",
+        "method": {"type": "two_stage", "stage1": wishes, "stage2": wishes},
+    }
+    return client.post("/fine_tuning/jobs", body=body, cast_to=dict)["id"]  # type: ignore[return-value, index]
+
+
+def test_the_gateway_is_small(basalt: Containers) -> None:
+    image = basalt.inspect("gateway", "{{.Config.Image}}")
+    size = subprocess.run(["docker", "image", "inspect", "-f", "{{.Size}}", image], capture_output=True, text=True)
+    assert int(size.stdout) <= 250e6
+
+
+@pytest.mark.parametrize("service", ["gateway", "vision", "llm", "ui", "trainer", "worker"])
+def test_ours_are_not_root_and_have_no_compiler(basalt: Containers, service: str) -> None:
+    script = "import os, shutil; print(os.getuid(), [c for c in ('gcc', 'cc', 'g++', 'clang') if shutil.which(c)])"
+    assert basalt.compose("exec", "-T", service, "python", "-c", script).split(maxsplit=1) == ["10001", "[]\n"]
+    writes = "open('/app/written', 'w')"
+    refused = basalt.compose("exec", "-T", service, "python", "-c", f"\ntry: {writes}\nexcept OSError: print('no')")
+    assert refused.strip() == "no"
+
+
+def test_chat_with_an_image(basalt: Containers) -> None:
+    assert "circle" in answer(basalt).lower()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page(basalt: Containers, tmp_path: Path) -> None:
+    photo = tmp_path / "sign.png"
+    photo.write_bytes(sign())
+    with chat_page(basalt.url("ui")) as page:
+        attach(page, photo)
+        assert ask(page, "What does it say?").strip()
+
+
+def test_a_job_survives_its_worker_and_its_version_is_stored(basalt: Containers, trainer: openai.OpenAI) -> None:
+    job = submit(trainer, steps=12)
+    wait(lambda: trainer.fine_tuning.jobs.checkpoints.list(job).data, 900, "a checkpoint")
+    basalt.kill("worker")
+    wait(lambda: trainer.fine_tuning.jobs.retrieve(job).status in ("succeeded", "failed"), 1800, "the job's end")
+    done = trainer.fine_tuning.jobs.retrieve(job)
+    assert done.status == "succeeded", done.error
+    told = [event.message for event in trainer.fine_tuning.jobs.list_events(job, limit=100).data]
+    assert any("attempt 2" in message for message in told), told
+    name, _, version = (done.fine_tuned_model or "").partition("@")
+    pull = ["run", "--rm", "--no-deps", "-T", "--volume", "/tmp", "vision", "python", "-m", "basalt.cli"]
+    basalt.compose(*pull, "models", "pull", f"{name}@{version}", "--models", "/tmp/models")
+
+
+@pytest.mark.parametrize("service", LONG_RUNNING)
+def test_each_comes_back(basalt: Containers, service: str) -> None:
+    before = int(basalt.inspect(service, "{{.RestartCount}}"))
+    basalt.kill(service)
+    wait(lambda: int(basalt.inspect(service, "{{.RestartCount}}")) > before, 60, f"{service} is started again")
+    wait(lambda: basalt.healthy(service), 600, f"{service} is healthy")
+    wait(basalt.ready, 300, "the gateway is ready")
+    assert "circle" in answer(basalt, "green").lower()
+
+
+def test_a_stopped_gateway_finishes_what_it_began(basalt: Containers) -> None:
+    """SIGTERM drains: an answer that streams while the service is told to stop comes to its end."""
+    request = {"model": MODEL, "messages": [{"role": "user", "content": "Tell me a long story."}], "max_tokens": 120}
+    stream = basalt.ask().chat.completions.create(**request, stream=True, temperature=0)  # type: ignore[call-overload]
+    pieces = iter(stream)
+    next(pieces)
+    stopping = threading.Thread(target=basalt.compose, args=("stop", "gateway"))
+    stopping.start()
+    rest = list(pieces)
+    stopping.join()
+    assert rest[-1].choices[0].finish_reason == "length"
+    assert basalt.inspect("gateway", "{{.State.ExitCode}}") in ("0", "143")
+    basalt.compose("up", "-d", "--wait", "gateway")
+
+
+def test_a_rolling_restart_of_vision_fails_no_request(basalt: Containers) -> None:
+    basalt.compose("up", "-d", "--wait", "--no-recreate", "--scale", "vision=2", "vision")
+    failures: list[str] = []
+    answered = 0
+    over = threading.Event()
+
+    def load() -> None:
+        nonlocal answered
+        while not over.is_set():
+            try:
+                answer(basalt)
+                answered += 1
+            except openai.OpenAIError as error:
+                failures.append(str(error))
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for container in basalt.compose("ps", "-q", "vision").split():
+            time.sleep(10)
+            subprocess.run(["docker", "restart", "-t", "30", container], check=True, capture_output=True)
+            health = ["docker", "inspect", "-f", "{{.State.Health.Status}}", container]
+            wait(lambda: subprocess.run(health, capture_output=True).stdout.strip() == b"healthy", 300, "healthy")  # noqa: B023
+        time.sleep(10)
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert not failures and answered > 10
+
+
+def test_a_full_volume_is_told_at_the_start(basalt: Containers) -> None:
+    told = subprocess.run(
+        [
+            "docker",
+            "run",
+            "--rm",
+            "--tmpfs",
+            "/store:size=4k,uid=10001",
+            "-e",
+            "BASALT_STORE=/store/full",
+            basalt.inspect("gateway", "{{.Config.Image}}"),
+            "sh",
+            "-c",
+            "dd if=/dev/zero of=/store/all bs=4k count=9 2>/dev/null; exec python -m services.gateway",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 2 and told.stderr.count("\n") == 1
+    assert "BASALT_STORE=/store/full cannot be used" in told.stderr and "No space left" in told.stderr
+
+
+def test_secrets_are_asked_for_beyond_loopback() -> None:
+    opened = Containers("basalt-open", {"BASALT_BIND": "0.0.0.0"})
+    with pytest.raises(AssertionError, match="BASALT_DATABASE_PASSWORD"):
+        opened.compose("config", "-q")
+
+
+def test_compose_is_valid() -> None:
+    for override in ("gpu", "apis"):
+        files = ["-f", "docker-compose.yml", "-f", f"deploy/compose/{override}.yml", "--profile", "observability"]
+        assert shutil.which("docker")
+        Containers("basalt-check", {}).compose(*files, "config", "-q")
+    assert (ROOT / ".env.example").is_file()
