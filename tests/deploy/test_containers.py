@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -25,12 +26,21 @@ pytestmark = [
 ]
 
 MODEL = "basalt-tiny"
+DEFAULT_PORTS = {
+    "BASALT_GATEWAY_PORT": "8080",
+    "BASALT_UI_PORT": "8501",
+    "BASALT_TRAINER_PORT": "8090",
+    "BASALT_EVALUATOR_PORT": "8091",
+}
 LONG_RUNNING = ["gateway", "vision", "llm", "ui", "trainer", "worker", "evaluator", "eval-worker"]
 LONG_RUNNING += ["redis", "postgres", "minio"]
 
 
 @pytest.fixture(scope="session")
 def basalt() -> Iterator[Containers]:
+    if running := os.environ.get("BASALT_TEST_PROJECT"):  # one that is up already, with the APIs published
+        yield Containers(running, DEFAULT_PORTS)
+        return
     containers = Containers.new("basalt-test")
     try:
         containers.compose("build", seconds=6000)
@@ -187,22 +197,11 @@ def test_a_rolling_restart_of_vision_fails_no_request(basalt: Containers) -> Non
 
 
 def test_a_full_volume_is_told_at_the_start(basalt: Containers) -> None:
+    fill = "dd if=/dev/zero of=/store/all bs=4k count=9 2>/dev/null; exec python -m services.gateway"
+    place = ["--tmpfs", "/store:size=4k,uid=10001", "-e", "BASALT_STORE=/store/full"]
+    image = basalt.inspect("gateway", "{{.Config.Image}}")
     told = subprocess.run(
-        [
-            "docker",
-            "run",
-            "--rm",
-            "--tmpfs",
-            "/store:size=4k,uid=10001",
-            "-e",
-            "BASALT_STORE=/store/full",
-            basalt.inspect("gateway", "{{.Config.Image}}"),
-            "sh",
-            "-c",
-            "dd if=/dev/zero of=/store/all bs=4k count=9 2>/dev/null; exec python -m services.gateway",
-        ],
-        capture_output=True,
-        text=True,
+        ["docker", "run", "--rm", *place, image, "sh", "-c", fill], capture_output=True, text=True, timeout=120
     )
     assert told.returncode == 2 and told.stderr.count("\n") == 1
     assert "BASALT_STORE=/store/full cannot be used" in told.stderr and "No space left" in told.stderr
