@@ -133,7 +133,8 @@ def test_a_job_survives_its_worker_and_its_version_is_stored(basalt: Containers,
     done = trainer.fine_tuning.jobs.retrieve(job)
     assert done.status == "succeeded", done.error
     told = [event.message for event in trainer.fine_tuning.jobs.list_events(job, limit=100).data]
-    assert any("attempt 2" in message for message in told), told
+    assert sum(message.startswith("Training on") for message in told) == 2, told  # and went on where it was
+    assert sum("stage1: step 5 " in message for message in told) == 1, told
     name, _, version = (done.fine_tuned_model or "").partition("@")
     pull = ["run", "--rm", "--no-deps", "-T", "--volume", "/tmp", "vision", "python", "-m", "basalt.cli"]
     basalt.compose(*pull, "models", "pull", f"{name}@{version}", "--models", "/tmp/models")
