@@ -85,7 +85,7 @@ class Containers:
     def healthy(self, service: str) -> bool:
         return self.inspect(service, "{{.State.Status}} {{if .State.Health}}{{.State.Health.Status}}{{end}}") in (
             "running healthy",
-            "running ",
+            "running",  # of those without a health check
         )
 
     def url(self, service: str) -> str:
