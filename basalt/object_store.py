@@ -1,7 +1,7 @@
 """Where images and everything large live: a directory, or a bucket of any S3 server (MinIO).
 
 Keys are paths of plain names (`images/sha256/<hex>`); values are whole objects, written at once. Only
-portable S3 is used: put, get, stat.
+portable S3 is used: put, get, stat, list.
 """
 
 import asyncio
@@ -63,6 +63,10 @@ class ObjectStore(Protocol):
 
     async def exists(self, key: str) -> bool: ...
 
+    async def keys(self, folder: str) -> list[str]:
+        """The keys of all objects under a folder (`versions/cat`), sorted; none where there is no such folder."""
+        ...
+
     async def put_file(self, key: str, path: Path) -> None:
         """`put` of a file's contents, without holding them in memory.
 
@@ -99,6 +103,9 @@ class DirectoryStore:
     async def exists(self, key: str) -> bool:
         return await asyncio.to_thread(self._path(key).is_file)
 
+    async def keys(self, folder: str) -> list[str]:
+        return await asyncio.to_thread(self._keys, self._path(folder))
+
     async def put_file(self, key: str, path: Path) -> None:
         with path.open("rb") as source:
             await asyncio.to_thread(self._put, self._path(key), source)
@@ -121,6 +128,9 @@ class DirectoryStore:
             _write_whole(path, source, unfinished)
         except OSError as error:
             raise StoreUnavailable(f"the object store {self.root} cannot be written: {error.strerror}") from error
+
+    def _keys(self, folder: Path) -> list[str]:
+        return sorted(path.relative_to(self.root).as_posix() for path in folder.rglob("*") if path.is_file())
 
     def _get_file(self, source: Path, path: Path) -> None:
         try:
@@ -153,6 +163,9 @@ class MinioStore:
 
     async def exists(self, key: str) -> bool:
         return await asyncio.to_thread(self._exists, check_key(key))
+
+    async def keys(self, folder: str) -> list[str]:
+        return await asyncio.to_thread(self._keys, check_key(folder))
 
     async def put_file(self, key: str, path: Path) -> None:
         await asyncio.to_thread(self._put_file, check_key(key), path)
@@ -215,6 +228,13 @@ class MinioStore:
                 return False
             raise self._unavailable(error) from error
         return True
+
+    def _keys(self, folder: str) -> list[str]:
+        try:
+            found = list(self.client.list_objects(self.bucket, f"{folder}/", recursive=True))
+        except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._unavailable(error) from error
+        return sorted(each.object_name for each in found if each.object_name)
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         why = error.code if isinstance(error, S3Error) else "it cannot be reached"

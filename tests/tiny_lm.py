@@ -28,12 +28,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_lm(directory: Path, *, seed: int = 0) -> Path:
-    """A `transformers` directory of a Llama of 2 layers and width 64 with its tokenizer."""
+def make_lm(directory: Path, *, seed: int = 0, width: int = 64) -> Path:
+    """A `transformers` directory of a Llama of 2 layers with its tokenizer."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        hidden_size=64,
+        hidden_size=width,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,

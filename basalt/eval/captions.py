@@ -1,4 +1,4 @@
-"""Scores of captions against several references an image: CIDEr-D and BLEU, on the scales of coco-caption.
+"""Captions of one's own photos against several references each: CIDEr-D and BLEU, on the scales of coco-caption.
 
 The numbers are those of the COCO caption evaluation (Chen et al. 2015, "Microsoft COCO Captions"; Vedantam et
 al. 2015, "CIDEr"; Papineni et al. 2002, "BLEU"), down to its small constants, so that they compare with papers.
@@ -7,8 +7,20 @@ al. 2015, "CIDEr"; Papineni et al. 2002, "BLEU"), down to its small constants, s
 import math
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from basalt.data.readers import DataError, ImageSource
+from basalt.eval.benchmark import Rule, Sample, Scored, Verdict, mean, no_answer
+from basalt.eval.records import checked, image_in, read_rows, require
 
 Ngrams = Counter[tuple[str, ...]]
+
+COCO = "coco-caption"  # the way of scoring
+PROMPT = "Describe the image."
+
+IN_COMMON = Rule("words in common", "read", "the caption shares words with its references: the more, the rarer")
+NOTHING = Rule("nothing in common", "read", "the caption shares no word with its references that others do not have")
 
 ORDERS = 4  # n-grams of 1 to 4 words
 SIGMA = 6.0  # of CIDEr-D's length penalty, in words
@@ -40,7 +52,83 @@ def tokenise(text: str) -> list[str]:
     return [_BRACKETS.get(word, word) for word in words if word not in _REMOVED]
 
 
-def cider(candidates: dict[str, str], references: dict[str, list[str]]) -> float:
+def read_samples(path: Path, images: Path | None = None) -> list[Sample]:
+    """The samples of JSON or JSONL: records with `image`, its name, and `captions`, the references.
+
+    Raises:
+        DataError: a record is not of this form.
+    """
+    source = ImageSource(images) if images else None
+    samples = []
+    for number, record in enumerate(read_rows(path)):
+        where = f"{path}, row {number}"
+        name, texts = (require(record, ("image", "captions"), where)[key] for key in ("image", "captions"))
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{where}: 'captions' are the references, a list of texts; found {texts!r}")
+        samples.append(Sample(str(name), PROMPT, tuple(texts), images=(image_in(source, name),), cluster=str(name)))
+    return checked(samples, path)
+
+
+def scorer(samples: Sequence[Sample]) -> Callable[[Sample, str], dict[str, Verdict]]:
+    """What scores one caption: its CIDEr-D (0 to 10), by how rare words are in the references of all the samples."""
+    ciderd = CiderD({sample.id: sample.gold for sample in samples})
+
+    def score(sample: Sample, prediction: str) -> dict[str, Verdict]:
+        found = ciderd.score(sample.id, prediction)
+        rule = IN_COMMON if found else no_answer(prediction) or NOTHING
+        return {COCO: Verdict(found, rule, " ".join(tokenise(prediction)))}
+
+    return score
+
+
+def measure(scored: Sequence[Scored], way: str) -> dict[str, float]:
+    """CIDEr-D × 100, and BLEU of the whole in percent; a sample with no answer counts as an empty caption."""
+    orders = bleu(
+        {one.sample.id: one.prediction or "" for one in scored}, {one.sample.id: one.sample.gold for one in scored}
+    )
+    figures = {"cider": 100 * mean(one.verdicts[way].score for one in scored)}
+    return figures | {f"bleu_{order}": 100 * value for order, value in enumerate(orders, 1)}
+
+
+class CiderD:
+    """Scores captions of these images. How rare words are is counted over all their references.
+
+    Raises:
+        ValueError: there are no images, or one has no reference.
+    """
+
+    def __init__(self, references: Mapping[str, Sequence[str]]) -> None:
+        _need_references(references)
+        cooked = {image: [_ngrams(tokenise(text)) for text in texts] for image, texts in references.items()}
+        self._frequency = Counter(ngram for texts in cooked.values() for ngram in set().union(*texts))
+        self._images = math.log(len(cooked))
+        self._references = {
+            image: [(_bigrams(text), *self._weigh(text)) for text in texts] for image, texts in cooked.items()
+        }
+
+    def score(self, image: str, caption: str) -> float:
+        """CIDEr-D of one caption, 0 to 10."""
+        ngrams = _ngrams(tokenise(caption))
+        vectors, norms = self._weigh(ngrams)
+        similarity = 0.0
+        for bigrams, *reference in self._references[image]:
+            penalty = math.exp(-((_bigrams(ngrams) - bigrams) ** 2) / (2 * SIGMA**2))
+            for ours, our_norm, theirs, their_norm in zip(vectors, norms, *reference, strict=True):
+                product = sum(
+                    min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in ours.items() if ngram in theirs
+                )
+                similarity += penalty * product / ((our_norm * their_norm) or 1.0)
+        return 10.0 * similarity / ORDERS / len(self._references[image])
+
+    def _weigh(self, ngrams: Ngrams) -> tuple[list[dict[tuple[str, ...], float]], list[float]]:
+        """TF-IDF vectors by order, and their norms."""
+        vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(ORDERS)]
+        for ngram, count in ngrams.items():
+            vectors[len(ngram) - 1][ngram] = count * (self._images - math.log(max(1, self._frequency[ngram])))
+        return vectors, [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in vectors]
+
+
+def cider(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
     """CIDEr-D over a corpus, on coco-caption's scale (0 to 10; good captions of photographs reach about 1).
 
     Document frequencies are counted over these references, so the figure depends on the whole set of images.
@@ -49,35 +137,11 @@ def cider(candidates: dict[str, str], references: dict[str, list[str]]) -> float
         ValueError: the two do not name the same images, or an image has no reference.
     """
     _check(candidates, references)
-    cooked = {image: [_ngrams(tokenise(text)) for text in texts] for image, texts in references.items()}
-    frequency = Counter(ngram for texts in cooked.values() for ngram in set().union(*texts))
-    images = math.log(len(cooked))
-
-    def weigh(ngrams: Ngrams) -> tuple[list[dict[tuple[str, ...], float]], list[float]]:
-        """TF-IDF vectors by order, and their norms."""
-        vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(ORDERS)]
-        for ngram, count in ngrams.items():
-            vectors[len(ngram) - 1][ngram] = count * (images - math.log(max(1, frequency[ngram])))
-        return vectors, [math.sqrt(sum(weight**2 for weight in vector.values())) for vector in vectors]
-
-    total = 0.0
-    for image, texts in cooked.items():
-        ngrams = _ngrams(tokenise(candidates[image]))
-        vectors, norms = weigh(ngrams)
-        similarity = 0.0
-        for reference in texts:
-            difference = _bigrams(ngrams) - _bigrams(reference)
-            penalty = math.exp(-(difference**2) / (2 * SIGMA**2))
-            for ours, our_norm, theirs, their_norm in zip(vectors, norms, *weigh(reference), strict=True):
-                product = sum(
-                    min(weight, theirs[ngram]) * theirs[ngram] for ngram, weight in ours.items() if ngram in theirs
-                )
-                similarity += penalty * product / ((our_norm * their_norm) or 1.0)
-        total += 10.0 * similarity / ORDERS / len(texts)
-    return total / len(cooked)
+    ciderd = CiderD(references)
+    return mean(ciderd.score(image, caption) for image, caption in candidates.items())
 
 
-def bleu(candidates: dict[str, str], references: dict[str, list[str]]) -> tuple[float, float, float, float]:
+def bleu(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> tuple[float, float, float, float]:
     """BLEU-1 to BLEU-4 of a corpus, 0 to 1, with the closest reference length of each caption.
 
     Raises:
@@ -118,10 +182,14 @@ def _bigrams(ngrams: Ngrams) -> int:
     return sum(count for ngram, count in ngrams.items() if len(ngram) == 2)
 
 
-def _check(candidates: dict[str, str], references: dict[str, list[str]]) -> None:
+def _check(candidates: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
     if candidates.keys() != references.keys():
         odd = sorted(candidates.keys() ^ references.keys())
         raise ValueError(f"captions and references must name the same images; {len(odd)} are in one only: {odd[:3]}")
+    _need_references(references)
+
+
+def _need_references(references: Mapping[str, Sequence[str]]) -> None:
     bare = [image for image, texts in references.items() if not texts]
     if bare or not references:
         raise ValueError(f"each image needs a reference: {bare[:3] or 'there are no images'}")

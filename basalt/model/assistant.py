@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from basalt.assistants import Assistant
+from basalt.assistants import Assistant, AssistantError
 from basalt.data.preprocess import Tokenizer
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import load_projector
@@ -25,12 +25,10 @@ class LocalAssistant:
 
     def __init__(self, assistant: Assistant, base_lm: Path, dtype: torch.dtype = torch.float32) -> None:
         spec = assistant.manifest
-        lm: Any = AutoModelForCausalLM.from_pretrained(base_lm, dtype=dtype)
-        if spec.lora is not None:
-            lm = PeftModel.from_pretrained(lm, str(assistant.path(spec.lora.dir)))
+        lm = load_lm(assistant, base_lm, dtype)
         tower, projector = load_vision_encoder(spec.tower), load_projector(assistant)
         image_token_id = spec.base_lm.image_token_id
-        self.model = MultimodalLlama(tower, projector, lm.eval(), image_token_id).eval()
+        self.model = MultimodalLlama(tower, projector, lm, image_token_id).eval()
         template = assistant.path(spec.chat_template).read_text()
         self.tokenizer = Tokenizer(AutoTokenizer.from_pretrained(base_lm), template, image_token_id, spec.tower.tokens)
 
@@ -48,6 +46,24 @@ class LocalAssistant:
         end = self.tokenizer.tokenizer.eos_token_id
         new = self.model.generate(ids, mask, visual, eos_token_id=end, pad_token_id=end, **settings)
         return [text.strip() for text in self.tokenizer.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def load_lm(assistant: Assistant, base_lm: str | Path, dtype: torch.dtype) -> Any:
+    """The base LM with the assistant's LoRA, in eval mode.
+
+    Raises:
+        AssistantError: the assistant was made for an LM of another width.
+    """
+    spec = assistant.manifest
+    lm: Any = AutoModelForCausalLM.from_pretrained(base_lm, dtype=dtype)
+    if lm.config.hidden_size != spec.base_lm.lm_dim:
+        raise AssistantError(
+            f"{spec.name} is made for {spec.base_lm.id} of width {spec.base_lm.lm_dim}, "
+            f"{base_lm} has width {lm.config.hidden_size}"
+        )
+    if spec.lora is not None:
+        lm = PeftModel.from_pretrained(lm, str(assistant.path(spec.lora.dir)))
+    return lm.eval()
 
 
 def _left_pad(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

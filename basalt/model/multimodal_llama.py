@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from basalt.data.packing import Packed
 from basalt.data.preprocess import IGNORE
+from basalt.model.attention import SEGMENTS
 from basalt.model.projector import Projector
 from basalt.model.vision_encoder import VisionEncoder
 
@@ -112,20 +113,25 @@ class MultimodalLlama(nn.Module):
             features: `[len(batch.images), tokens, tower_dim]`, or None without images.
         """
         visual = self.project(features) if features is not None else None
-        embedded = self.embed(batch.ids, visual)
-        visible = batch.attention_mask()
-        hidden = self.causal_lm.model(
-            inputs_embeds=embedded,
-            attention_mask=torch.zeros_like(visible, dtype=embedded.dtype).masked_fill_(~visible, HIDDEN),
-            position_ids=batch.positions,
-            use_cache=False,
-        ).last_hidden_state
-        supervised = hidden.flatten(0, 1)[batch.source]  # [K, lm_dim]
+        supervised = self._learned(batch, self.embed(batch.ids, visual))[batch.source]  # [K, lm_dim]
         if len(supervised) <= LOSS_CHUNK:
             return self._token_loss(supervised, batch.target)
         parts = zip(supervised.split(LOSS_CHUNK), batch.target.split(LOSS_CHUNK), strict=True)
         # Recomputed in the backward pass, so that only one chunk's logits are there at a time.
         return torch.stack([checkpoint(self._token_loss, *part, use_reentrant=False) for part in parts]).sum()  # type: ignore[misc]
+
+    def _learned(self, batch: Packed, embedded: Tensor) -> Tensor:
+        """Last hidden states where something is learned, `[learned, lm_dim]`."""
+        lm, given = self.causal_lm, {"position_ids": batch.positions, "use_cache": False}
+        if lm.config._attn_implementation == SEGMENTS:
+            no_mask = batch.ids.new_zeros(1, 1, 1, 1, dtype=torch.bool)  # for none, transformers would make one
+            return lm.model(
+                inputs_embeds=embedded, attention_mask=no_mask, segments=batch.segments, **given
+            ).last_hidden_state[0]
+        visible = batch.attention_mask()
+        mask = torch.zeros_like(visible, dtype=embedded.dtype).masked_fill_(~visible, HIDDEN)
+        hidden = lm.model(inputs_embeds=embedded, attention_mask=mask, **given).last_hidden_state
+        return hidden.flatten(0, 1)[batch.segments.learned]
 
     def _token_loss(self, hidden: Tensor, target: Tensor) -> Tensor:
         logits = self.causal_lm.lm_head(hidden)  # [chunk, vocab]

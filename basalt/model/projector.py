@@ -1,6 +1,7 @@
 """The projector: the trained 2-layer MLP between tower and base LM (LLaVA-1.5's `mlp2x_gelu`)."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,6 +47,26 @@ class Projector(nn.Module):
         raw.linear_2.load_state_dict(self.linear_2.state_dict())
         return raw
 
+    def take(self, weights: Mapping[str, Tensor], whose: str) -> None:
+        """Takes weights over.
+
+        Args:
+            whose: stands before the message of an error.
+
+        Raises:
+            AssistantError: they are of other widths, or no projector's.
+        """
+        shapes = {name: tuple(value.shape) for name, value in self.state_dict().items()}
+        found = {name: tuple(value.shape) for name, value in weights.items()}
+        if found.keys() != shapes.keys():
+            raise AssistantError(f"{whose} holds {', '.join(sorted(found)) or 'nothing'}, not a projector's weights")
+        if found != shapes:
+            raise AssistantError(
+                f"{whose} has a projector of widths {_widths(found)} (tower → hidden → base LM), "
+                f"but {_widths(shapes)} is wanted: use the tower and base LM it was trained for, or train one anew"
+            )
+        self.load_state_dict(weights)
+
     def save(self, path: str) -> None:
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, path)
 
@@ -59,10 +80,12 @@ def load_projector(assistant: Assistant) -> Projector:
     spec = assistant.manifest
     projector = Projector(spec.tower.width, spec.projector.hidden, spec.base_lm.lm_dim)
     weights = {name: value.float() for name, value in load_file(assistant.path(spec.projector.file)).items()}
-    try:
-        projector.load_state_dict(weights)
-    except RuntimeError as error:
-        raise AssistantError(f"{spec.name}: the projector does not fit its manifest: {error}") from error
+    projector.take(weights, spec.name)
     if not all(math.isfinite(value.abs().sum().item()) for value in weights.values()):
         raise AssistantError(f"{spec.name}: the projector holds values that are not finite")
     return projector.requires_grad_(False).eval()
+
+
+def _widths(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    (hidden, tower), (lm_dim, _) = shapes["linear_1.weight"], shapes["linear_2.weight"]
+    return f"{tower} → {hidden} → {lm_dim}"

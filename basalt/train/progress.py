@@ -1,4 +1,4 @@
-"""What a phase tells as it goes: lines of JSON in `log.jsonl`, curves for TensorBoard, a bar in a terminal."""
+"""What a phase tells as it goes: lines of JSON in `log.jsonl`, curves, a bar in a terminal."""
 
 import json
 import resource
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from basalt.train import parallel
+from basalt.train.curves import open_curves
 
 EVERY = 20  # steps
 LOG = "log.jsonl"
@@ -26,6 +26,7 @@ class Tally:
 
     means: Mapping[str, tuple[Tensor | float, float]]  # name → (sum, over how many)
     tokens: int  # that were run through the model, padding left out
+    seconds_at_peak: float = 0.0  # what this process's operations would take at its device's peak; 0: not known
 
 
 class Telling:
@@ -38,13 +39,13 @@ class Telling:
     def __init__(self, directory: Path, name: str, first: int, steps: int, *, leading: bool) -> None:
         self.name, self.path, self.steps, self.leading = name, directory / LOG, steps, leading
         self._sums: dict[str, tuple[Tensor | float, float]] = {}
-        self._tokens, self._steps, self._began = 0, 0, time.monotonic()
+        self._tokens, self._at_peak, self._steps, self._began = 0, 0.0, 0, time.monotonic()
         if not leading:
             return
         directory.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_log(directory) if line["step"] <= first]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._curves = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1)
+        self._curves = open_curves(directory, first)
         columns = (
             TextColumn(name),
             BarColumn(),
@@ -63,13 +64,15 @@ class Telling:
     def __exit__(self, *_: object) -> None:
         if self.leading:
             self._bar.stop()
-            self._curves.close()
+            for curves in self._curves:
+                curves.close()
 
     def add(self, tally: Tally) -> None:
         for name, (total, count) in tally.means.items():
             before, seen = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = before + total, seen + count
         self._tokens += tally.tokens
+        self._at_peak += tally.seconds_at_peak
         self._steps += 1
         if self.leading:
             self._bar.advance(self._task)
@@ -84,17 +87,20 @@ class Telling:
         line: dict[str, Any] = {"step": step, "steps": self.steps, "tokens": round(tokens)}
         line |= {name: total / max(count, 1) for name, total, count in zip(self._sums, sums, counts, strict=True)}
         line |= {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / max(self._steps, 1)}
+        if self._at_peak:
+            line["mfu"] = self._at_peak / seconds
         line |= {"memory_gib": memory_gib(), **figures}
         line = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in line.items()}
         for number, sample in enumerate(samples):
             text = f"{sample['question']}\n\n**{sample['answer']}**\n\n({sample['expected']})"
-            self._curves.add_text(f"sample {number}", text, step)
+            for curves in self._curves:
+                curves.text(step, f"sample {number}", text)
         line |= {"samples": list(samples)} if samples else {}
         with self.path.open("a") as log:
             log.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if name not in ("step", "steps", "samples"):
-                self._curves.add_scalar(name, value, step)
+        told = {name: value for name, value in line.items() if name not in ("step", "steps", "samples")}
+        for curves in self._curves:
+            curves.figures(step, told)
         self._bar.update(self._task, told=f"loss {line.get('loss', 0):.3f}")
         if self._bar.disable:
             print(f"{self.name}: {json.dumps(line)}", flush=True)
@@ -102,7 +108,7 @@ class Telling:
 
     def begin(self) -> None:
         """Forgets what was added: time that was not spent on steps is not to be counted."""
-        self._sums, self._tokens, self._steps, self._began = {}, 0, 0, time.monotonic()
+        self._sums, self._tokens, self._at_peak, self._steps, self._began = {}, 0, 0.0, 0, time.monotonic()
 
 
 def read_log(directory: Path) -> list[dict[str, Any]]:

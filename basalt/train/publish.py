@@ -1,83 +1,155 @@
 """From a finished run to an assistant the services load: its files, and the manifest that names them by digest."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from basalt.assistants import (
-    MANIFEST,
+    ADAPTER,
+    ADAPTER_CONFIG,
     Assistant,
     BaseLMSpec,
     LoRASpec,
     Manifest,
     ProjectorSpec,
+    TowerSpec,
     load_assistant,
+    replacing,
+    seal,
     sha256,
 )
 from basalt.data.preprocess import TEMPLATES
+from basalt.data.readers import DataError, find_shards
 from basalt.model.projector import Projector
+from basalt.model.vision_encoder import efficientnet_lite_weights
+from basalt.train.checkpoints import file_digest
 from basalt.train.loop import learned
+from basalt.train.progress import read_log
 from basalt.train.recipe import Recipe
 
-ADAPTER = "adapter_model.safetensors"
+MEASURED = ("step", "loss", "held_out_loss")  # of a run's log
+VERSION = "version"  # file in a run's directory: NAME@HEX of what was last published from it
 
 
 def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assistant:
-    """Writes `models/name` from the run directory of stage 1 or stage 2.
+    """Writes `models/name`, in the place of what was there, from the run directory of stage 1 or stage 2.
 
     The features' standardisation is folded into the projector, so that what is served is the plain 2-layer MLP.
 
+    Args:
+        lineage: what is told beside the run's own: recipe, data and frozen parts by digest, figures, parent.
+
     Raises:
         FileNotFoundError: the run is not finished.
+        AssistantError: the projector does not fit the base LM, or `models/name` is there and no assistant.
     """
     state = learned(run)
-    recipe = Recipe.model_validate_json((run / "recipe.json").read_text())
+    recipe = _recipe(run)
     if state["step"] < state["steps"] or (recipe.lora is not None and not (run / "lora").is_dir()):
         raise FileNotFoundError(f"{run} is not finished: start it again, it goes on where it stopped")
-    directory = models / name
-    directory.mkdir(parents=True, exist_ok=True)
 
-    config = json.loads((recipe.base_lm / "config.json").read_text())
+    config = AutoConfig.from_pretrained(recipe.base_lm)
     base_lm = BaseLMSpec(
-        id=recipe.base_lm.name,
-        lm_dim=config["hidden_size"],
-        context=config["max_position_embeddings"],
+        id=recipe.base_lm.name if recipe.base_lm.is_dir() else str(recipe.base_lm),
+        lm_dim=config.hidden_size,
+        context=config.max_position_embeddings,
         image_token_id=recipe.image_token_id,
     )
     projector = Projector(recipe.tower.width, recipe.projector_hidden, base_lm.lm_dim)
-    projector.load_state_dict(state["projector"])
+    projector.take(state["projector"], str(run))
     folded = projector.folded(state["standardizer"]["mean"], state["standardizer"]["std"])
-    folded.to(torch.float16).save(str(directory / "projector.safetensors"))
 
-    lora = None
-    if recipe.lora is not None:
-        adapter = directory / "lora"
-        shutil.rmtree(adapter, ignore_errors=True)
-        adapter.mkdir()
-        shutil.copy(run / "lora" / "adapter_config.json", adapter)
-        weights = load_file(run / "lora" / ADAPTER)
-        save_file({key: value.to(torch.bfloat16) for key, value in weights.items()}, adapter / ADAPTER)
-        lora = LoRASpec(dir="lora", digest=sha256((adapter / ADAPTER).read_bytes()), rank=recipe.lora.rank)
+    with replacing(models / name) as directory:
+        folded.to(torch.float16).save(str(directory / "projector.safetensors"))
+        shutil.copy(TEMPLATES / recipe.chat_template, directory / "chat_template.jinja")
+        manifest = Manifest(
+            name=name,
+            tower=recipe.tower,
+            projector=ProjectorSpec(
+                file="projector.safetensors",
+                digest=sha256((directory / "projector.safetensors").read_bytes()),
+                hidden=recipe.projector_hidden,
+            ),
+            base_lm=base_lm,
+            lora=None if recipe.lora is None else _adapter(run, directory / "lora", recipe.lora.rank),
+            chat_template="chat_template.jinja",
+            lineage={
+                "run": _record(run),
+                "parent": _parent(recipe),
+                "base_lm": _weights_digest(recipe.base_lm),
+                "tower": _tower_digest(recipe.tower),
+            }
+            | lineage,
+        )
+        seal(directory, manifest)
+    assistant = load_assistant(models / name)
+    (run / VERSION).write_text(f"{name}@{assistant.version.removeprefix('sha256:')}\n")
+    return assistant
 
-    shutil.copy(TEMPLATES / recipe.chat_template, directory / "chat_template.jinja")
-    manifest = Manifest(
-        name=name,
-        tower=recipe.tower,
-        projector=ProjectorSpec(
-            file="projector.safetensors",
-            digest=sha256((directory / "projector.safetensors").read_bytes()),
-            hidden=recipe.projector_hidden,
-        ),
-        base_lm=base_lm,
-        lora=lora,
-        chat_template="chat_template.jinja",
-        lineage=lineage,
-    )
-    for file in directory.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)  # safetensors writes for its owner alone
-    (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-    return load_assistant(directory)
+
+def _recipe(run: Path) -> Recipe:
+    return Recipe.model_validate_json((run / "recipe.json").read_text())
+
+
+def _adapter(run: Path, directory: Path, rank: int) -> LoRASpec:
+    """The run's LoRA in bf16."""
+    directory.mkdir()
+    shutil.copy(run / "lora" / ADAPTER_CONFIG, directory)
+    weights = load_file(run / "lora" / ADAPTER)
+    save_file({key: value.to(torch.bfloat16) for key, value in weights.items()}, directory / ADAPTER)
+    return LoRASpec(dir=directory.name, digest=sha256((directory / ADAPTER).read_bytes()), rank=rank)
+
+
+def _record(run: Path) -> dict[str, Any] | None:
+    """What a run was: its recipe, its rows by digest, its last losses, and the same of the run it started from."""
+    if not (run / "recipe.json").is_file():  # of a stage that another machine trained, only the checkpoint comes along
+        return None
+    recipe = _recipe(run)
+    last = read_log(run)[-1:]
+    return {
+        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "data": {str(source.rows): _rows_digest(source.rows) for source in recipe.data},
+        "measured": {name: line[name] for line in last for name in MEASURED if name in line},
+        "start": None if recipe.start is None else _record(recipe.start),
+    }
+
+
+def _rows_digest(rows: Path) -> str | None:
+    """Of its files; None where they are gone by now."""
+    try:
+        return _files_digest(find_shards(rows))
+    except DataError:
+        return None
+
+
+def _tower_digest(spec: TowerSpec) -> str | None:
+    if spec.kind == "efficientnet-lite":
+        return _files_digest([efficientnet_lite_weights()])
+    return _weights_digest(Path(spec.id))
+
+
+def _weights_digest(model: Path) -> str | None:
+    """Of a model's weights, given by its directory or hub id; None where they are not on this machine."""
+    try:
+        directory = model if model.is_dir() else Path(snapshot_download(str(model), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+    return _files_digest(sorted(directory.glob("*.safetensors")))
+
+
+def _files_digest(files: list[Path]) -> str | None:
+    """Of a file its own; of several that of their digests, in order."""
+    digests = [f"sha256:{file_digest(file)}" for file in files]
+    return digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode()) if digests else None
+
+
+def _parent(recipe: Recipe) -> str | None:
+    """NAME@HEX of what was published from the run this one started from."""
+    marked = None if recipe.start is None else recipe.start / VERSION
+    return marked.read_text().strip() if marked is not None and marked.is_file() else None

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import uvicorn
@@ -13,7 +13,8 @@ from pydantic import ValidationError
 
 from basalt import api_errors as errors
 from basalt.object_store import ObjectStore
-from basalt.rpc.vision.v1.vision_pb2 import AssistantInfo
+from basalt.record.database import Sessions, open_database
+from services.gateway.assistants import Assistants
 from services.gateway.chat import Services, complete
 from services.gateway.fetch import Fetcher
 from services.gateway.images import ImageIntake
@@ -29,10 +30,11 @@ def create_app(settings: Settings) -> FastAPI:
         ValueError: the settings name no object store.
     """
     store = settings.open_store()
+    sessions = open_database(settings.database)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.services = services = open_services(settings, store)
+        app.state.services = services = open_services(settings, store, sessions)
         yield
         await services.close()
 
@@ -45,14 +47,18 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(a) for a in await app.state.services.vision.assistants()]}
+        assistants: Assistants = app.state.services.assistants
+        listed = []
+        for name in await assistants.names():
+            with suppress(errors.APIError):  # of several versions none is the one that the bare name means
+                listed.append(_model(name, await assistants.resolve(name)))
+                continue
+            listed.append(_model(name))
+        return {"object": "list", "data": listed}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict[str, Any]:
-        vision: VisionClient = app.state.services.vision
-        found = {assistant.name: assistant for assistant in await vision.assistants()}
-        await vision.check_model(name)
-        return _model(found[name])
+        return _model(name, await app.state.services.assistants.resolve(name))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
@@ -74,7 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def open_services(settings: Settings, store: ObjectStore) -> Services:
+def open_services(settings: Settings, store: ObjectStore, sessions: Sessions) -> Services:
     """Must be called inside the event loop."""
     fetcher = Fetcher(
         max_bytes=settings.max_image_bytes,
@@ -82,10 +88,12 @@ def open_services(settings: Settings, store: ObjectStore) -> Services:
         total_seconds=settings.fetch_seconds,
         private_hosts=settings.allow_private_hosts,
     )
+    vision = VisionClient(settings.vision_address, settings.embed_seconds)
     return Services(
         settings,
         ImageIntake(fetcher, store, max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
-        VisionClient(settings.vision_address, settings.embed_seconds),
+        Assistants(sessions, store, vision),
+        vision,
         LLMClient(settings.llm_url, settings.llm_seconds),
     )
 
@@ -112,16 +120,11 @@ def main() -> None:
     )
 
 
-def _model(assistant: AssistantInfo) -> dict[str, Any]:
-    """OpenAI's model object. `created` is required by it and not known of an assistant."""
-    return {
-        "id": assistant.name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "basalt",
-        "version": assistant.version,
-        "image_tokens": assistant.tokens,
-    }
+def _model(name: str, resolved: str | None = None) -> dict[str, Any]:
+    """OpenAI's model object, with the version, sha256:…, that the name means now, canaries apart. `created` is
+    required by OpenAI's clients and not known of an assistant."""
+    told = {"id": name, "object": "model", "created": 0, "owned_by": "basalt"}
+    return told | ({"version": f"sha256:{resolved.partition('@')[2]}"} if resolved else {})
 
 
 def _refuse(line: str) -> int:

@@ -1,21 +1,24 @@
 """A chat request's way through: read, take its images, embed them, ask the LLM service."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from fastapi import Request, Response
 
 from basalt.api_errors import bad_request
-from services.gateway.images import ImageIntake
-from services.gateway.llm_client import LLMClient
-from services.gateway.schema import ChatRequest, ImagePart, parse_chat
+from services.gateway.assistants import Assistants
+from services.gateway.images import ImageIntake, StoredImage
+from services.gateway.llm_client import HandoffMissed, LLMClient
+from services.gateway.schema import ChatRequest, parse_chat
 from services.gateway.settings import Settings
 from services.gateway.vision_client import VisionClient, VisualTokens
 
 T = TypeVar("T")
 
+VERSION_HEADER = "X-Basalt-Version"  # NAME@HEX of the assistant that answered
+CACHE_HEADER = "X-Basalt-Cache"  # of each image in order: embeddings, features or nothing
 CLIENT_GONE = 499  # nobody is there to see it; it is for the log
 
 
@@ -25,6 +28,7 @@ class Services:
 
     settings: Settings
     images: ImageIntake
+    assistants: Assistants
     vision: VisionClient
     llm: LLMClient
 
@@ -47,27 +51,44 @@ async def complete(request: Request, services: Services) -> Response:
 
 
 async def _answer(chat: ChatRequest, services: Services) -> Response:
-    await services.vision.check_model(chat.model)
-    await _replace_images(chat, services)
-    return await services.llm.chat(chat.encode())
+    version = await services.assistants.resolve(chat.model, chat.body)
+    chat = chat.for_version(version)
+    images = await _take_images(chat, services)
+    try:
+        cached = await _replace_images(chat, images, services, by_reference=services.llm.sees_handoff())
+        response = await services.llm.chat(chat.encode())
+    except HandoffMissed:
+        cached = await _replace_images(chat, images, services, by_reference=False)
+        response = await services.llm.chat(chat.encode())
+    response.headers[VERSION_HEADER] = version
+    if cached:
+        response.headers[CACHE_HEADER] = ", ".join(cached)
+    return response
 
 
-async def _replace_images(chat: ChatRequest, services: Services) -> None:
-    """Puts visual tokens where the images were; all images at the same time, equal URLs once."""
-    first_of_url: dict[str, ImagePart] = {}
-    for part in chat.images:
-        first_of_url.setdefault(part.url, part)
+async def _take_images(chat: ChatRequest, services: Services) -> dict[str, StoredImage]:
+    """The request's images by URL, all fetched at the same time, equal URLs once."""
+    first_of_url = {part.url: part for part in reversed(chat.images)}
+    taken = [services.images.take(url, part.param) for url, part in first_of_url.items()]
+    return dict(zip(first_of_url, await _all(taken), strict=True))
 
-    async def embed(part: ImagePart) -> VisualTokens:
-        image = await services.images.take(part.url, part.param)
-        return await services.vision.embed(chat.model, image, part.param)
 
-    tokens = dict(zip(first_of_url, await _all([embed(part) for part in first_of_url.values()]), strict=True))
+async def _replace_images(
+    chat: ChatRequest, images: dict[str, StoredImage], services: Services, *, by_reference: bool
+) -> list[str]:
+    """Puts visual tokens where the images were; returns what of each image, in order, was cached."""
+    param_of_url = {part.url: part.param for part in reversed(chat.images)}
+    embedded = [
+        services.vision.embed(chat.model, images[url], param, by_reference=by_reference)
+        for url, param in param_of_url.items()
+    ]
+    tokens: dict[str, VisualTokens] = dict(zip(param_of_url, await _all(embedded), strict=True))
     for part in chat.images:
         part.replace(tokens[part.url].part())
+    return [tokens[part.url].cached for part in chat.images]
 
 
-async def _all(work: list[Coroutine[None, None, T]]) -> list[T]:
+async def _all(work: Sequence[Coroutine[None, None, T]]) -> list[T]:
     """Results in order; the first failure ends the others and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:

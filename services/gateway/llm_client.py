@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,10 +12,17 @@ from fastapi.responses import StreamingResponse
 from starlette.background import BackgroundTask
 
 from basalt.api_errors import APIError, failed, timed_out, unavailable
+from basalt.handoff import MISSED
 
 log = logging.getLogger("basalt.gateway")
 
 CONNECT_SECONDS = 5.0
+INLINE_SECONDS = 60.0  # after a reference was not found, embeddings go along with the request
+
+
+class HandoffMissed(Exception):
+    """The LLM service does not find embeddings that the vision service has left in the hand-off directory: it is
+    another machine's, or they had to go. They must go along with the request."""
 
 
 class LLMClient:
@@ -22,6 +30,7 @@ class LLMClient:
 
     def __init__(self, url: str, silence_seconds: float) -> None:
         self._silence_seconds = silence_seconds
+        self._inline_until = 0.0
         self._http = httpx.AsyncClient(
             base_url=url,
             timeout=httpx.Timeout(CONNECT_SECONDS, read=silence_seconds, write=30.0),
@@ -38,10 +47,15 @@ class LLMClient:
         except httpx.HTTPError:
             return False
 
+    def sees_handoff(self) -> bool:
+        """Whether references are worth trying."""
+        return time.monotonic() >= self._inline_until
+
     async def chat(self, body: bytes) -> Response:
         """The service's answer: its JSON, or its event stream byte for byte as it comes.
 
         Raises:
+            HandoffMissed: embeddings it was referred to are not there.
             APIError: what the service refused (its own 4xx); 502, 503, 504.
         """
         headers = {"Content-Type": "application/json"}
@@ -58,6 +72,9 @@ class LLMClient:
             raise self._told(error) from None
         if upstream.is_success:
             return Response(content, media_type="application/json")
+        if (_error_of(content) or {}).get("param") == MISSED:
+            self._inline_until = time.monotonic() + INLINE_SECONDS
+            raise HandoffMissed
         raise _refusal(upstream.status_code, content)
 
     def _stream(self, upstream: httpx.Response) -> StreamingResponse:

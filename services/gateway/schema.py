@@ -1,7 +1,7 @@
 """The chat request as far as the gateway must understand it; the LLM service checks the rest."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from basalt.api_errors import bad_request
@@ -29,6 +29,11 @@ class ChatRequest:
     body: dict[str, Any]
     model: str
     images: list[ImagePart]
+
+    def for_version(self, version: str) -> "ChatRequest":
+        """The same request to one version, NAME@HEX, of the assistant it names."""
+        self.body["model"] = version
+        return replace(self, model=version)
 
     def encode(self) -> bytes:
         return json.dumps(self.body, ensure_ascii=False, separators=(",", ":")).encode()

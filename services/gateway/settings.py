@@ -7,11 +7,12 @@ from pydantic_settings import NoDecode, SettingsConfigDict
 
 from basalt.data.images import MAX_PIXELS
 from basalt.object_store import StoreSettings
+from basalt.record.database import RecordSettings
 
 MEBI = 1024 * 1024
 
 
-class Settings(StoreSettings):
+class Settings(StoreSettings, RecordSettings):
     model_config = SettingsConfigDict(env_prefix="BASALT_GATEWAY_", extra="ignore")
 
     host: str = "127.0.0.1"

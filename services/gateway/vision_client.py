@@ -1,9 +1,7 @@
 """The vision service, over gRPC. The channel reconnects by itself when the service comes back."""
 
 import base64
-import json
 import logging
-import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from basalt.api_errors import APIError, bad_request, failed, timed_out, unavailable
+from basalt.handoff import DTYPES, Blob
 from basalt.rpc.vision.v1 import vision_pb2, vision_pb2_grpc
 from services.gateway.images import StoredImage
 
@@ -19,7 +18,6 @@ log = logging.getLogger("basalt.gateway")
 SERVICE = vision_pb2.DESCRIPTOR.services_by_name["Vision"].full_name
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one image's visual tokens: 729 × 4096 float32 are 12 MB
 LIST_SECONDS = 5.0  # for calls that compute nothing
-SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -36,29 +34,23 @@ CHANNEL_OPTIONS = [
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """What the vision service made of one image: `data` is row-major `shape` [tokens, lm_dim] of `dtype`."""
+    """What the vision service made of one image, or where it lies: under `digest` in the hand-off directory.
 
-    data: bytes
-    shape: tuple[int, int]
-    dtype: str
+    Attributes:
+        blob: None where the LLM service is to take it from that directory.
+        cached: "embeddings", "features" or "nothing": the furthest of what was there already.
+    """
+
     digest: str
+    cached: str
+    blob: Blob | None
 
     def part(self) -> dict[str, Any]:
         """The content part that stands in the request where the image stood."""
-        encoded = base64.b64encode(self.safetensors()).decode()
+        if self.blob is None:
+            return {"type": "image_embeds", "image_embeds": self.digest, "uuid": self.digest}
+        encoded = base64.b64encode(self.blob.header() + self.blob.data).decode()
         return {"type": "image_embeds", "image_embeds": encoded, "uuid": self.digest}
-
-    def safetensors(self) -> bytes:
-        """One tensor, `embeddings`, in safetensors' framing: header length, JSON header, data. Written here
-        because the library's own writer takes memory addresses of tensors, and the gateway has none."""
-        tensor = {
-            "dtype": SAFETENSORS_DTYPES[self.dtype],
-            "shape": self.shape,
-            "data_offsets": [0, len(self.data)],
-        }
-        header = json.dumps({"embeddings": tensor}, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        return struct.pack("<Q", len(header)) + header + self.data
 
 
 class VisionClient:
@@ -95,25 +87,29 @@ class VisionClient:
         self._known = {assistant.name: assistant for assistant in answer.assistants}
         return list(answer.assistants)
 
-    async def check_model(self, name: str) -> None:
-        """Asks the service only about a name it has not told before, so text-only chat lives on without it.
+    async def version(self, name: str) -> str | None:
+        """The version, sha256:…, that the service has of an assistant in its own directory.
+
+        It is asked only about a name it has not told before, so text-only chat lives on without it.
 
         Raises:
-            APIError: 404 no such assistant; 503, 504.
+            APIError: 503, 504.
         """
         if name not in self._known:
             await self.assistants()
-        if name not in self._known:
-            raise self._unknown(name)
+        return self._known[name].version if name in self._known else None
 
-    async def embed(self, model: str, image: StoredImage, param: str) -> VisualTokens:
+    async def embed(self, model: str, image: StoredImage, param: str, *, by_reference: bool) -> VisualTokens:
         """The visual tokens of an image for an assistant.
+
+        Args:
+            by_reference: leave them in the hand-off directory where they lie there.
 
         Raises:
             APIError: 400 not decodable, 404 no such assistant, 502, 503, 504.
         """
-        by_key = vision_pb2.EmbedRequest(assistant=model, object_key=image.key)
-        by_bytes = vision_pb2.EmbedRequest(assistant=model, image_bytes=image.data)
+        by_key = vision_pb2.EmbedRequest(assistant=model, object_key=image.key, by_reference=by_reference)
+        by_bytes = vision_pb2.EmbedRequest(assistant=model, image_bytes=image.data, by_reference=by_reference)
         try:
             try:
                 answer = await self._stub.Embed(by_key, timeout=self._embed_seconds)
@@ -126,19 +122,16 @@ class VisionClient:
             if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
                 raise bad_request(error.details() or "the image cannot be used", param, "invalid_image") from None
             if error.code() == grpc.StatusCode.NOT_FOUND:
-                self._known.pop(model, None)
-                raise self._unknown(model) from None
+                raise bad_request(
+                    error.details() or "there is no such model", "model", "model_not_found", 404
+                ) from None
             raise _told(error, self._embed_seconds) from None
-        if answer.dtype not in SAFETENSORS_DTYPES or len(answer.shape) != 2:
+        if answer.dtype not in DTYPES or len(answer.shape) != 2:
             log.error("vision answered with dtype %r and shape %s", answer.dtype, answer.shape)
             raise failed("vision")
-        return VisualTokens(answer.data, (answer.shape[0], answer.shape[1]), answer.dtype, answer.digest)
-
-    def _unknown(self, name: str) -> APIError:
-        known = ", ".join(sorted(self._known)) or "none"
-        return bad_request(
-            f"there is no model {name[:100]!r}; there are: {known}", "model", "model_not_found", status=404
-        )
+        blob = Blob(answer.data, (answer.shape[0], answer.shape[1]), answer.dtype) if answer.data else None
+        cached = vision_pb2.Cached.Name(answer.cached).removeprefix("CACHED_").lower()
+        return VisualTokens(answer.digest, cached, blob)
 
 
 def _told(error: grpc.aio.AioRpcError, seconds: float) -> APIError:

@@ -19,6 +19,7 @@ from vllm.renderers.params import ChatParams, TokenizeParams
 
 from services.llm.embeddings import CONNECTOR, EmbeddingsConnector, EmbeddingsSpec
 from services.llm.models import IMAGE_MARK
+from services.llm.settings import Settings
 
 IMAGE = "<image>"  # in chat templates
 TEXT_PARTS = {"text", "refusal", "thinking", "input_text", "output_text", "tool_reference"}
@@ -29,7 +30,7 @@ class EmbeddingsRenderer(HfRenderer):
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         model = config.model_config
-        spec = EmbeddingsSpec(model.get_inputs_embeds_size(), model.max_model_len, model.dtype)
+        spec = EmbeddingsSpec(model.get_inputs_embeds_size(), model.max_model_len, model.dtype, Settings().handoff_dir)
         # The registry makes a connector per request, by name and without the model's config: bind it here.
         MEDIA_CONNECTOR_REGISTRY.name2class[CONNECTOR] = partial(EmbeddingsConnector, spec)  # pyright: ignore[reportArgumentType]
 
@@ -123,7 +124,7 @@ def _check_part(part: Any) -> bool:
             f"content parts must be of type text or image_embeds, not {kind!r}", parameter="messages"
         )
     for field, meaning in (
-        ("image_embeds", "base64 of a safetensors blob"),
+        ("image_embeds", "base64 of a safetensors blob, or the digest under which one lies"),
         ("uuid", "the digest of the embeddings: the key of every cache"),
     ):
         if not isinstance(part.get(field), str) or not part[field]:

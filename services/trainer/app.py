@@ -1,10 +1,9 @@
 """The trainer's HTTP face: OpenAI's files and fine-tuning jobs. `python -m services.trainer`"""
 
-import asyncio
 import logging
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
@@ -16,9 +15,10 @@ from basalt.auth import Guard
 from basalt.record.database import open_database
 from basalt.record.files import NoSuchFile
 from basalt.record.jobs import NoSuchJob, NotPossible
+from basalt.work.dispatch import Dispatcher
+from basalt.work.queue import Queue
 from services.trainer import files, fine_tuning
-from services.trainer.dispatch import Dispatcher
-from services.trainer.settings import Settings
+from services.trainer.settings import KIND, Settings
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -28,15 +28,12 @@ def create_app(settings: Settings) -> FastAPI:
         ValueError: the settings name no database or no object store.
     """
     sessions, store = open_database(settings.database), settings.open_store()
-    dispatcher = Dispatcher(settings, sessions)
+    dispatcher = Dispatcher(Queue(KIND, settings.redis_url), sessions, settings.reconcile_seconds)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        reconciling = asyncio.create_task(dispatcher.reconcile())
-        yield
-        reconciling.cancel()
-        with suppress(asyncio.CancelledError):
-            await reconciling
+        async with dispatcher.reconciling():
+            yield
 
     app = FastAPI(title="Basalt trainer", summary="OpenAI's files and fine-tuning jobs", lifespan=lifespan)
     api_errors.install(app, "trainer")

@@ -12,12 +12,13 @@ from fastapi.responses import FileResponse
 from starlette.background import BackgroundTask
 
 from basalt.api_errors import bad_request, unavailable
+from basalt.api_lists import page
 from basalt.object_store import ObjectStore, StoreUnavailable
 from basalt.record.clock import now
 from basalt.record.database import Sessions
 from basalt.record.files import File, get_file, list_files
 from basalt.record.jobs import new_id
-from services.trainer.schema import file_object, page
+from services.trainer.schema import file_object
 from services.trainer.settings import Settings
 
 CHUNK = 1 << 20  # bytes

@@ -1,27 +1,23 @@
 """`/v1/fine_tuning/jobs`: create, list, retrieve, cancel, pause, resume, events (as a list or live), checkpoints."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from kombu.exceptions import OperationalError
 from sqlalchemy import select
 
+from basalt.api_lists import page
 from basalt.record import jobs
 from basalt.record.database import Sessions
 from basalt.record.files import get_file
 from basalt.record.jobs import Checkpoint, Event, Job
-from services.trainer.dispatch import KIND, Dispatcher
+from basalt.work.dispatch import Dispatcher
+from basalt.work.events import live
 from services.trainer.resolve import find_in, plan
-from services.trainer.schema import JobRequest, checkpoint_object, event_object, job_object, page
-from services.trainer.settings import Settings
-
-POLL_SECONDS = 0.5
+from services.trainer.schema import JobRequest, checkpoint_object, event_object, job_object
+from services.trainer.settings import KIND, Settings
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 
@@ -39,17 +35,17 @@ def router(settings: Settings, sessions: Sessions, dispatcher: Dispatcher) -> AP
                     return Path(get_file(session, name).filename)
                 return find_in(settings.data_root, name)
 
-            start = None
+            start = parent = None
             if request.start is not None:
+                parent = jobs.get(session, request.start)
                 if jobs.last_checkpoint(session, request.start, "stage1") is None:
                     raise jobs.NotPossible(f"job {request.start} has no checkpoint of stage 1 to go on from")
                 start = Path(request.start)
             recipes, features = settings.recipes, settings.features
-            plan(request, job_id="", recipes=recipes, features=features, find=there, start=start)
+            plan(request, job_id="", recipes=recipes, features=features, find=there, start=start, parent=parent)
             job = jobs.create(session, KIND, request.model_dump(mode="json"))
             made = job_object(jobs.get(session, job.id))
-        with suppress(OperationalError, OSError):  # it is accepted, and is sent when Redis is back
-            dispatcher.send(job.id)
+        dispatcher.send(job.id)
         return made
 
     @routes.get("")
@@ -93,7 +89,9 @@ def router(settings: Settings, sessions: Sessions, dispatcher: Dispatcher) -> AP
         """The newest first, as OpenAI's; with `stream` all of them in order as they come, as server-sent events."""
         if stream:
             await asyncio.to_thread(retrieve, job_id)
-            return StreamingResponse(_live(sessions, job_id, _number(after) or 0), media_type="text/event-stream")
+            return StreamingResponse(
+                live(sessions, job_id, _number(after) or 0, event_object), media_type="text/event-stream"
+            )
         return await asyncio.to_thread(_listed, job_id, Event, event_object, after, limit)
 
     @routes.get("/{job_id}/checkpoints")
@@ -109,27 +107,6 @@ def router(settings: Settings, sessions: Sessions, dispatcher: Dispatcher) -> AP
             return page([shown(item) for item in session.scalars(query.limit(limit + 1))], limit)
 
     return routes
-
-
-async def _live(sessions: Sessions, job_id: str, number: int) -> AsyncIterator[str]:
-    """Events from the one after `number` until the job has ended."""
-
-    def new() -> tuple[list[Event], bool]:
-        with sessions() as session:
-            ended = jobs.get(session, job_id).status in jobs.ENDED
-            return jobs.events_after(session, job_id, number, 100), ended
-
-    while True:
-        found, ended = await asyncio.to_thread(new)
-        for event in found:
-            number = event.number
-            yield f"id: {event.id}\nevent: {event.type}\ndata: {json.dumps(event_object(event))}\n\n"
-        if ended and not found:
-            yield "event: done\ndata: [DONE]\n\n"
-            return
-        if not found:
-            yield ": \n\n"  # so that a client that has gone is noticed
-        await asyncio.sleep(POLL_SECONDS)
 
 
 def _number(after: str | None) -> int | None:

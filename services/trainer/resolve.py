@@ -4,6 +4,8 @@ Asked twice: when a job is submitted, so that what cannot be is refused at once,
 uploaded files where they lie on its machine.
 """
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from basalt.api_errors import bad_request
+from basalt.record.jobs import Job
 from basalt.train.plan import Plan, Stage
 from basalt.train.recipe import Recipe
 from services.trainer.schema import DataSpec, Hyperparameters, JobRequest, StageSpec
@@ -22,13 +25,21 @@ OPENAI = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 
 def plan(
-    request: JobRequest, *, job_id: str, recipes: Path, features: Path, find: Callable[[str], Path], start: Path | None
+    request: JobRequest,
+    *,
+    job_id: str,
+    recipes: Path,
+    features: Path,
+    find: Callable[[str], Path],
+    start: Path | None,
+    parent: Job | None,
 ) -> Plan:
     """The plan of a job.
 
     Args:
         find: the path of an uploaded file, by its id, or of one under the data root.
         start: the run of stage 1 that a job of stage 2 alone goes on from; with both stages it is this job's own.
+        parent: the job whose run `start` is.
 
     Raises:
         APIError: (400) what cannot be, and what could.
@@ -40,8 +51,11 @@ def plan(
             "model",
             "model_not_found",
         )
+    named = request.method.stages()
+    if named[-1][0] == "stage2":
+        _check_start(request.model, None if parent is None else parent.request["model"], recipes)
     stages = []
-    for name, spec in request.method.stages():
+    for name, spec in named:
         recipe = yaml.safe_load((recipes / request.model / f"{name}.yaml").read_text())
         recipe |= {"features": str(features), "data": _data(request, name, spec, find), "held_out": None}
         recipe.pop("grounding", None) if not any(source.get("boxes") for source in recipe["data"]) else None
@@ -56,7 +70,36 @@ def plan(
             field = ".".join(map(str, first["loc"]))
             raise bad_request(f"method.{name}: {field}: {first['msg']}", f"method.{name}.hyperparameters") from None
     lineage = {"job": job_id, "recipe": request.model, "request": request.model_dump(mode="json")}
+    if parent is not None:
+        lineage["parent"] = (parent.result or {}).get("model")
     return Plan(name=request.suffix or job_id, stages=stages, lineage=lineage)
+
+
+def _check_start(model: str, parent: str | None, recipes: Path) -> None:
+    """Sees that stage 2 of the recipe `model` can go on from stage 1 of `parent`, or without one from its own."""
+    first, second = recipes / (parent or model) / "stage1.yaml", recipes / model / "stage2.yaml"
+    if not first.is_file():  # it is gone since: the projector itself is looked at before training starts
+        return
+    before, wanted = (_widths(yaml.safe_load(path.read_text())) for path in (first, second))
+    if before[:2] != wanted[:2] or (before[2] != wanted[2] and None not in (before[2], wanted[2])):
+        raise bad_request(
+            f"the projector to start from was trained as {parent or model!r}, of widths {_written(before)} "
+            f"(tower → hidden → base LM), but {model!r} needs {_written(wanted)}: "
+            f"start from a stage 1 job of {model!r}, or train both stages (two_stage)",
+            "start" if parent else "model",
+            "projector_does_not_fit",
+        )
+
+
+def _widths(recipe: dict[str, Any]) -> tuple[int, int, int | None]:
+    """Of its projector: tower, hidden, base LM; that is None where the base LM is not a directory of this machine."""
+    config = Path(os.path.expandvars(recipe["base_lm"])) / "config.json"
+    lm_dim = json.loads(config.read_text())["hidden_size"] if config.is_file() else None
+    return recipe["tower"]["width"], recipe["projector_hidden"], lm_dim
+
+
+def _written(widths: tuple[int, int, int | None]) -> str:
+    return " → ".join("?" if width is None else str(width) for width in widths)
 
 
 def _data(request: JobRequest, name: str, spec: StageSpec, find: Callable[[str], Path]) -> list[dict[str, Any]]:

@@ -10,15 +10,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from sqlalchemy.exc import SQLAlchemyError
 
 from basalt.api_errors import APIError
 from basalt.object_store import ObjectStore, StoreUnavailable
@@ -30,6 +27,7 @@ from basalt.registry import publish
 from basalt.supervisor import end_with_parent
 from basalt.train.job import DONE, NO_ROOM, REFUSED, STOPPED
 from basalt.train.plan import PLAN, PUBLISHED, REFUSAL, Plan, Refusal
+from basalt.work.lease import Lease, Outcome, work_on
 from services.trainer import results
 from services.trainer.resolve import find_in, plan
 from services.trainer.schema import JobRequest
@@ -38,53 +36,9 @@ from services.trainer.settings import Settings
 log = logging.getLogger("basalt.trainer")
 
 TICK = 0.5  # seconds
-RENEW = 8.0
 CHECKPOINTS_KEPT = 3  # of a stage, in the object store
 LOG = "training.log"
 RESULTS = "fine-tune-results"  # purpose of the files that a job leaves
-
-
-class Lease(threading.Thread):
-    """Renews a job's lease until closed.
-
-    Attributes:
-        wanted: what is wanted of the job.
-        lost: somebody else has the job, or the state of record could not be reached for as long as a lease lasts.
-    """
-
-    def __init__(self, sessions: Sessions, job: Job) -> None:
-        super().__init__(daemon=True)
-        self._sessions, self._job = sessions, job
-        self._closed = threading.Event()
-        self.wanted, self.lost = job.wanted, False
-        self._write = threading.Lock()
-
-    def run(self) -> None:
-        renewed = time.monotonic()
-        while not self._closed.wait(RENEW):
-            try:
-                self.renew()
-                renewed = time.monotonic()
-            except LeaseLost:
-                self.lost = True
-            except SQLAlchemyError as error:
-                log.warning("job %s: the state of record cannot be reached: %s", self._job.id, error)
-                self.lost = time.monotonic() - renewed > jobs.LEASE_SECONDS - RENEW
-            if self.lost:
-                return
-
-    def renew(self, **values: Any) -> None:
-        """Renews now, and writes `values` of the job.
-
-        Raises:
-            LeaseLost: it is not ours any more.
-        """
-        with self._write, self._sessions.begin() as session:
-            self.wanted = jobs.renew(session, self._job, **values)
-
-    def close(self) -> None:
-        self._closed.set()
-        self.join()
 
 
 class Runner:
@@ -103,23 +57,7 @@ class Runner:
 
     def do(self, job_id: str) -> None:
         """Does a job if nobody else does, and leaves the state of record saying what came of it."""
-        with self.sessions.begin() as session:
-            job = jobs.claim(session, job_id, self.name)
-        if job is None:
-            return
-        lease = Lease(self.sessions, job)
-        lease.start()
-        try:
-            status, values, message = Attempt(self, job, lease).outcome()
-            lease.close()
-            with self.sessions.begin() as session:
-                jobs.release(session, job, status, **values)
-                level = "error" if status == "failed" else "info"
-                jobs.add_event(session, job.id, message, level=level)
-        except LeaseLost as lost:
-            log.warning("%s", lost)
-        finally:
-            lease.close()
+        work_on(self.sessions, job_id, self.name, lambda job, lease: Attempt(self, job, lease).outcome())
 
 
 class Attempt:
@@ -133,7 +71,7 @@ class Attempt:
             self.told = {data["phase"]: data["step"] for data in jobs.metrics(session, job.id)}
         self.kept: dict[str, int] = {}  # stage → the last step whose checkpoint is in the object store
 
-    def outcome(self) -> tuple[jobs.Status, dict[str, Any], str]:
+    def outcome(self) -> Outcome:
         """Does it; returns the job's status now, values to write with it, and the event that tells."""
         if self.lease.wanted != "run":
             return self._at_rest()
@@ -162,14 +100,14 @@ class Attempt:
             return self._failed(refusal.code, refusal.message)
         return "queued", {}, f"The training process ended with {_told(code)}; it is tried again. {self._last_words()}"
 
-    def _at_rest(self) -> tuple[jobs.Status, dict[str, Any], str]:
+    def _at_rest(self) -> Outcome:
         if self.lease.wanted == "cancel":
             return "cancelled", {}, "Cancelled"
         if self.lease.wanted == "pause":
             return "paused", {}, "Paused; resumed, it goes on from its checkpoint"
         return "queued", {"attempts": 0}, "Its worker was stopped; it goes on from its checkpoint with another"
 
-    def _failed(self, code: str, message: str) -> tuple[jobs.Status, dict[str, Any], str]:
+    def _failed(self, code: str, message: str) -> Outcome:
         files = [] if not (self.directory / LOG).is_file() else self._with_patience(self._result_files)
         error = {"code": code, "message": message, "param": None}
         return "failed", {"error": error, "result": {"files": files}}, f"Failed: {message}"
@@ -192,8 +130,10 @@ class Attempt:
                 asyncio.run(self.store.get_file(file.key, path))
             return path
 
-        start = None
+        start = parent = None
         if request.start is not None:
+            with self.sessions() as session:
+                parent = jobs.get(session, request.start)
             start = self.settings.work.resolve() / request.start / "stage1"
             self._restore(request.start, "stage1", start)
         prepared = plan(
@@ -203,6 +143,7 @@ class Attempt:
             features=self.settings.features,
             find=fetched,
             start=start,
+            parent=parent,
         )
         for stage in prepared.stages:
             self._restore(self.job.id, stage.name, self.directory / stage.name)
@@ -304,7 +245,7 @@ class Attempt:
 
     # After
 
-    def _publish(self, prepared: Plan) -> tuple[jobs.Status, dict[str, Any], str]:
+    def _publish(self, prepared: Plan) -> Outcome:
         model = asyncio.run(publish(self.store, self.directory / PUBLISHED / prepared.name))
         tokens = results.trained_tokens(self.directory, prepared)
         result = {"model": model, "files": self._result_files(), "trained_tokens": tokens}

@@ -10,6 +10,8 @@ from basalt.record.database import RecordSettings
 
 GIBI = 1024**3
 
+KIND = "training"  # of its jobs and their queue
+
 
 class Settings(StoreSettings, RecordSettings):
     model_config = SettingsConfigDict(env_prefix="BASALT_TRAINER_", extra="ignore")

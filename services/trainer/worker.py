@@ -1,4 +1,4 @@
-"""A worker: `celery -A services.trainer.worker worker`, one for each GPU. See `queue.py` and `runner.py`."""
+"""A worker: `celery -A services.trainer.worker worker`, one for each GPU. See `basalt/work` and `runner.py`."""
 
 import logging
 import os
@@ -9,12 +9,13 @@ import sys
 from celery.signals import celeryd_init, setup_logging
 
 from basalt.record.database import open_database
-from services.trainer.queue import TASK, celery, stopping
+from basalt.work.queue import Queue, stopping
 from services.trainer.runner import Runner
-from services.trainer.settings import Settings
+from services.trainer.settings import KIND, Settings
 
 settings = Settings()
-app = celery(settings)
+queue = Queue(KIND, settings.redis_url)
+app = queue.app
 
 
 @setup_logging.connect
@@ -41,7 +42,7 @@ def sees_gpu() -> bool:
     return subprocess.run([sys.executable, "-c", asks]).returncode == 0
 
 
-@app.task(name=TASK)
+@app.task(name=queue.task)
 def train(job_id: str) -> None:
     name = f"{socket.gethostname()}/{os.getpid()}"
     Runner(settings, open_database(settings.database), settings.open_store(), name, stopping.is_set).do(job_id)

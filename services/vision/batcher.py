@@ -1,21 +1,35 @@
-"""Items that arrive together go through the tower together."""
+"""Items that arrive together go through the tower together, the most urgent first."""
 
 import asyncio
 import contextlib
-from collections import deque
+import heapq
+import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Batcher(Generic[Item, Result]):
-    """Collects items into batches for `run`, one batch at a time.
+@dataclass(order=True)
+class _Waiting(Generic[Item, Result]):
+    deadline: float  # of the event loop's clock
+    order: int
+    item: Item = field(compare=False)
+    result: asyncio.Future[Result] = field(compare=False)
 
-    An idle batcher waits `wait_seconds` after an item for others to join it; while a batch runs, the next
-    one collects by itself. An item whose caller has gone is dropped before it is computed.
+
+class Batcher(Generic[Item, Result]):
+    """Collects items into batches for `run`, one batch at a time; while one runs, the next collects.
+
+    A batch takes the items whose deadlines come first. One whose caller has gone, which it does at its deadline at the
+    latest, is dropped before it is computed.
+
+    Args:
+        max_batch: items.
+        wait_seconds: how long an idle batcher waits after an item for others to join it.
     """
 
     def __init__(
@@ -30,18 +44,24 @@ class Batcher(Generic[Item, Result]):
         self._executor = executor
         self._max_batch = max_batch
         self._wait_seconds = wait_seconds
-        self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._waiting: list[_Waiting[Item, Result]] = []  # a heap
+        self._order = itertools.count()
         self._full = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
 
-    async def submit(self, item: Item) -> Result:
-        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
+    def __len__(self) -> int:
+        """Items that wait for a batch."""
+        return len(self._waiting)
+
+    async def submit(self, item: Item, deadline: float) -> Result:
+        """The item's result. `deadline` is by the event loop's clock."""
+        result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, _Waiting(deadline, next(self._order), item, result))
         if len(self._waiting) >= self._max_batch:
             self._full.set()
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._drain())
-        return await future
+        return await result
 
     async def _drain(self) -> None:
         with contextlib.suppress(TimeoutError):  # not full by then: what has come goes
@@ -49,22 +69,22 @@ class Batcher(Generic[Item, Result]):
         while batch := self._take():
             try:
                 results = await asyncio.get_running_loop().run_in_executor(
-                    self._executor, self._run, [item for item, _ in batch]
+                    self._executor, self._run, [each.item for each in batch]
                 )
             except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
+                for each in batch:
+                    if not each.result.done():
+                        each.result.set_exception(error)
                 continue
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
+            for each, result in zip(batch, results, strict=True):
+                if not each.result.done():
+                    each.result.set_result(result)
         self._full.clear()
 
-    def _take(self) -> list[tuple[Item, asyncio.Future[Result]]]:
-        batch: list[tuple[Item, asyncio.Future[Result]]] = []
+    def _take(self) -> list[_Waiting[Item, Result]]:
+        batch: list[_Waiting[Item, Result]] = []
         while self._waiting and len(batch) < self._max_batch:
-            item, future = self._waiting.popleft()
-            if not future.done():  # its caller was cancelled: nobody wants it any more
-                batch.append((item, future))
+            each = heapq.heappop(self._waiting)
+            if not each.result.done():  # its caller was cancelled: nobody wants it any more
+                batch.append(each)
         return batch

@@ -1,166 +1,190 @@
 """From image bytes to visual tokens: decode, tower (batched, once for all assistants), projector."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import enum
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from basalt.assistants import Assistant, TowerSpec, sha256
+from basalt.catalog import Catalog
 from basalt.data.images import ImageError, decode_image
+from basalt.flights import SingleFlight
+from basalt.handoff import Blob, HandoffDirectory
 from basalt.model.projector import Projector, load_projector
 from basalt.model.vision_encoder import VisionEncoder, load_vision_encoder
 from basalt.object_store import ObjectNotFound, ObjectStore, image_id_of_key, image_key
+from services.vision import metrics
 from services.vision.batcher import Batcher
-from services.vision.caching import ByteLRU, SingleFlight
+from services.vision.caching import ByteLRU
 from services.vision.settings import Settings
+from services.vision.shared_cache import SharedCache
 
 T = TypeVar("T")
-
-
-class UnknownAssistant(Exception):
-    """This replica does not serve the assistant; the message names those it does."""
 
 
 class QueueFull(Exception):
     """As many requests as the settings allow are being worked on."""
 
 
+class Cached(enum.Enum):
+    """The furthest of what was there already for a request."""
+
+    NOTHING = "nothing"
+    FEATURES = "features"
+    EMBEDDINGS = "embeddings"
+
+
 @dataclass(frozen=True)
 class Embedding:
-    """Visual tokens of one image for one assistant, as bytes.
+    """Visual tokens of one image for one assistant.
 
     Attributes:
-        data: row-major little-endian values.
-        shape: (tokens, lm_dim).
         digest: sha256:… over image id, assistant version and dtype.
-        cache_hit: the tower did not have to run for this request.
+        handed_off: the hand-off directory holds them under their digest.
     """
 
-    data: bytes
-    shape: tuple[int, int]
-    dtype: str
+    blob: Blob
     digest: str
     image_id: str
-    cache_hit: bool
+    cached: Cached
+    handed_off: bool
+
+
+@dataclass(frozen=True)
+class _Tower:
+    encoder: VisionEncoder
+    batcher: Batcher[Tensor, Tensor]
 
 
 class Embedder:
-    """Every assistant's projector over the towers they share. Use from one event loop; `close` at the end.
+    """Every assistant's projector over the towers they share. Use from one event loop; `close` at the end."""
 
-    Args:
-        towers: by `tower_id`.
-        projectors: by assistant.
-    """
-
-    def __init__(
-        self,
-        assistants: Mapping[str, Assistant],
-        towers: Mapping[str, VisionEncoder],
-        projectors: Mapping[str, Projector],
-        store: ObjectStore,
-        settings: Settings,
-    ) -> None:
-        self.assistants = assistants
-        self._projectors = projectors
+    def __init__(self, catalog: Catalog, store: ObjectStore, settings: Settings) -> None:
+        self.catalog = catalog
         self._store = store
         self._settings = settings
         self._busy = 0  # requests admitted and not answered yet
-        self._embeddings: ByteLRU[str, Embedding] = ByteLRU(settings.embedding_cache_bytes)
+        self._near = HandoffDirectory(settings.handoff_dir, settings.embedding_cache_bytes)
+        self._far = SharedCache(settings.redis_url, settings.shared_cache_bytes) if settings.redis_url else None
         self._features: ByteLRU[tuple[str, str], Tensor] = ByteLRU(settings.feature_cache_bytes)
-        self._flights: SingleFlight[tuple[str, str], Tensor] = SingleFlight()
-        self._towers = towers
+        self._projectors: ByteLRU[str, Projector] = ByteLRU(settings.projector_bytes)
+        self._towers: dict[str, _Tower] = {}
+        self._loading: SingleFlight[str, _Tower] = SingleFlight()
+        self._computing: SingleFlight[tuple[str, str], Tensor] = SingleFlight()
+        self._embedding: SingleFlight[str, tuple[Blob, Cached, bool]] = SingleFlight()
+        self._storing: set[asyncio.Task[None]] = set()
         # One worker: torch parallelises inside an operation, and two of them would only share the cores.
         self._torch_worker = ThreadPoolExecutor(1, "torch")
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, "decode")
-        self._batchers: dict[str, Batcher[Tensor, Tensor]] = {
-            tower_id: Batcher(
-                lambda pixels, tower=tower: self._run_tower(tower, pixels),
-                self._torch_worker,
-                max_batch=settings.max_batch,
-                wait_seconds=settings.batch_wait_ms / 1000,
-            )
-            for tower_id, tower in towers.items()
-        }
+        self._threads = ThreadPoolExecutor(settings.decode_threads, "decode")
 
-    @classmethod
-    def load(cls, assistants: Mapping[str, Assistant], store: ObjectStore, settings: Settings) -> "Embedder":
-        """Loads each distinct tower once and every projector.
+    def load(self) -> None:
+        """Loads what the assistants of the models directory need, so that their first requests need not wait.
 
         Raises:
             AssistantError, ValueError, OSError: weights are missing or do not fit their manifest.
         """
-        specs = {tower_id(a.manifest.tower): a.manifest.tower for a in assistants.values()}
-        on_cpu = torch.device(settings.device).type == "cpu"
-        dtype = torch.float32 if on_cpu else getattr(torch, settings.dtype)
-        towers = {key: load_vision_encoder(spec).to(settings.device, dtype) for key, spec in specs.items()}
-        projectors = {name: load_projector(a).to(settings.device, dtype) for name, a in assistants.items()}
-        return cls(assistants, towers, projectors, store, settings)
+        for assistant in self.catalog.local.values():
+            key = tower_id(assistant.manifest.tower)
+            if key not in self._towers:
+                self._towers[key] = self._load_tower(assistant.manifest.tower)
+            self._load_projector(assistant)
 
-    def close(self) -> None:
-        self._decoders.shutdown(cancel_futures=True)
+    async def close(self) -> None:
+        if self._far is not None:
+            await asyncio.gather(*self._storing, return_exceptions=True)
+            await self._far.close()
+        self._threads.shutdown(cancel_futures=True)
         self._torch_worker.shutdown(cancel_futures=True)
 
-    async def embed_bytes(self, assistant: str, data: bytes) -> Embedding:
-        """Visual tokens of an image given by its bytes.
+    async def embed_bytes(self, assistant: str, data: bytes, deadline: float) -> Embedding:
+        """Visual tokens of an image given by its bytes. `deadline` is by the event loop's clock.
 
         Raises:
-            UnknownAssistant, ImageError, QueueFull.
+            UnknownAssistant, AssistantError, StoreUnavailable: of the assistant.
+            ImageError, QueueFull.
         """
-        self._check_assistant(assistant)
+        found = await self.catalog.find(assistant)
         if len(data) > self._settings.max_image_bytes:
             raise ImageError(
                 f"the image has {len(data):,} bytes, more than the {self._settings.max_image_bytes:,} allowed"
             )
-        return await self._embed(assistant, await self._off_loop(sha256, data), data)
+        return await self._embed(found, await self._off_loop(sha256, data), data, deadline)
 
-    async def embed_object(self, assistant: str, key: str) -> Embedding:
+    async def embed_object(self, assistant: str, key: str, deadline: float) -> Embedding:
         """Visual tokens of an image given by its key in the object store, which is read only when needed.
 
         Raises:
-            UnknownAssistant, ImageError, QueueFull.
+            UnknownAssistant, AssistantError: of the assistant.
+            ImageError, QueueFull.
             InvalidKey: not an image's key.
             ObjectNotFound: no such object.
             StoreUnavailable: the store cannot be read.
         """
-        self._check_assistant(assistant)
-        return await self._embed(assistant, image_id_of_key(key), None)
+        found = await self.catalog.find(assistant)
+        return await self._embed(found, image_id_of_key(key), None, deadline)
 
-    async def _embed(self, assistant: str, image_id: str, data: bytes | None) -> Embedding:
+    async def _embed(self, assistant: Assistant, image_id: str, data: bytes | None, deadline: float) -> Embedding:
         """`data` is None where the image is in the object store."""
-        digest = self._digest(assistant, image_id)
-        known = self._embeddings.get(digest)
+        digest = sha256("\n".join((image_id, assistant.version, self._settings.dtype)).encode())
+        known = self._near.get(digest)
         if known is not None:
-            return replace(known, cache_hit=True)
-        if self._busy >= self._settings.queue_size:
+            found = known, Cached.EMBEDDINGS, True
+        elif self._busy >= self._settings.queue_size:
             raise QueueFull(f"{self._busy} requests are being worked on already")
-        self._busy += 1
-        try:
-            tower = tower_id(self.assistants[assistant].manifest.tower)
-            features = self._features.get((image_id, tower))
-            cache_hit = features is not None
-            if features is None:
-                features = await self._flights.run(
-                    (image_id, tower), lambda: self._compute_features(tower, image_id, data)
+        else:
+            self._busy += 1
+            metrics.BUSY.set(self._busy)
+            try:
+                found = await self._embedding.run(
+                    digest, lambda: self._find_or_compute(assistant, digest, image_id, data, deadline)
                 )
-            loop = asyncio.get_running_loop()
-            values, shape = await loop.run_in_executor(self._torch_worker, self._project, assistant, features)
-        finally:
-            self._busy -= 1
-        embedding = Embedding(values, shape, self._settings.dtype, digest, image_id, cache_hit)
-        self._embeddings.put(digest, embedding, len(values))
-        return embedding
+            finally:
+                self._busy -= 1
+                metrics.BUSY.set(self._busy)
+        blob, cached, handed_off = found
+        metrics.IMAGES.labels(assistant.name, cached.value).inc()
+        return Embedding(blob, digest, image_id, cached, handed_off)
 
-    async def _compute_features(self, tower: str, image_id: str, data: bytes | None) -> Tensor:
+    async def _find_or_compute(
+        self, assistant: Assistant, digest: str, image_id: str, data: bytes | None, deadline: float
+    ) -> tuple[Blob, Cached, bool]:
+        blob = await self._far.get(digest) if self._far else None
+        if blob is not None:
+            return blob, Cached.EMBEDDINGS, self._near.put(digest, blob)
+        key = tower_id(assistant.manifest.tower)
+        features = self._features.get((image_id, key))
+        cached = Cached.NOTHING if features is None else Cached.FEATURES
+        if features is None:
+            tower = self._towers.get(key) or await self._loading.run(key, lambda: self._tower(assistant))
+            features = await self._computing.run(
+                (image_id, key), lambda: self._compute(key, tower, image_id, data, deadline)
+            )
+        loop = asyncio.get_running_loop()
+        blob = await loop.run_in_executor(self._torch_worker, self._project, assistant, features)
+        with timed("hand_off"):
+            handed_off = self._near.put(digest, blob)
+        if self._far is not None:
+            storing = asyncio.create_task(self._far.put(digest, blob))
+            self._storing.add(storing)
+            storing.add_done_callback(self._storing.discard)
+        return blob, cached, handed_off
+
+    async def _compute(self, key: str, tower: _Tower, image_id: str, data: bytes | None, deadline: float) -> Tensor:
         """Bytes → features `[tokens, tower_dim]`, on the tower's device."""
-        if data is None:
-            data = await self._read(image_id)
-        pixels = await self._off_loop(self._decode, tower, data)
-        features = await self._batchers[tower].submit(pixels)
-        self._features.put((image_id, tower), features, features.nbytes)
+        with timed("read"):
+            data = await self._read(image_id) if data is None else data
+        with timed("decode"):
+            pixels = await self._off_loop(self._decode, tower.encoder, data)
+        with timed("queue_and_tower"):
+            features = await tower.batcher.submit(pixels, deadline)
+        self._features.put((image_id, key), features, features.nbytes)
         return features
 
     async def _read(self, image_id: str) -> bytes:
@@ -170,38 +194,71 @@ class Embedder:
             raise ObjectNotFound(f"{key} is damaged: its bytes do not have the digest of its key")
         return data
 
-    def _decode(self, tower: str, data: bytes) -> Tensor:
+    def _decode(self, tower: VisionEncoder, data: bytes) -> Tensor:
         """Bytes → normalised pixels `[3, S, S]`."""
         image = decode_image(data, max_pixels=self._settings.max_pixels)
         try:
-            return self._towers[tower].preprocess(image)
+            return tower.preprocess(image)
         except (ValueError, ZeroDivisionError, MemoryError):  # a shape no resizing can make a square of
             raise ImageError(f"an image of {image.width} × {image.height} pixels cannot be made a square") from None
 
+    async def _tower(self, assistant: Assistant) -> _Tower:
+        """A tower that none of the assistants loaded at the start has."""
+        spec = assistant.manifest.tower
+        loaded = await asyncio.get_running_loop().run_in_executor(self._torch_worker, self._load_tower, spec)
+        self._towers[tower_id(spec)] = loaded
+        return loaded
+
+    def _load_tower(self, spec: TowerSpec) -> _Tower:
+        encoder = load_vision_encoder(spec).to(self._settings.device, self._tower_dtype(spec))
+        batcher: Batcher[Tensor, Tensor] = Batcher(
+            lambda pixels: self._run_tower(encoder, pixels),
+            self._torch_worker,
+            max_batch=max(1, self._settings.batch_tokens // spec.tokens),
+            wait_seconds=self._settings.batch_wait_ms / 1000,
+        )
+        return _Tower(encoder, batcher)
+
+    def _tower_dtype(self, spec: TowerSpec) -> torch.dtype:
+        """On a CPU bfloat16 only where it is the faster: in transformers' matrix products, by its own instructions."""
+        on_cpu = torch.device(self._settings.device).type == "cpu"
+        faster = torch.cpu.get_capabilities().get("avx512_bf16", False) and spec.kind != "efficientnet-lite"
+        return torch.float32 if on_cpu and not faster else getattr(torch, self._settings.dtype)
+
+    def _load_projector(self, assistant: Assistant) -> Projector:
+        loaded = self._projectors.get(assistant.version)
+        if loaded is None:
+            loaded = load_projector(assistant).to(self._settings.device, self._tower_dtype(assistant.manifest.tower))
+            size = sum(value.nbytes for value in loaded.parameters())
+            self._projectors.put(assistant.version, loaded, size)
+            metrics.PROJECTORS.set(len(self._projectors))
+        return loaded
+
     def _run_tower(self, tower: VisionEncoder, pixels: Sequence[Tensor]) -> Sequence[Tensor]:
         """`[3, S, S]` each → `[tokens, tower_dim]` each, of their own memory so that a cache may keep one alone."""
-        with torch.inference_mode():
+        with timed("tower"), torch.inference_mode():
             features = tower(torch.stack(list(pixels)))
+        metrics.BATCH.observe(len(pixels))
         return [one.clone() for one in features]
 
-    def _project(self, assistant: str, features: Tensor) -> tuple[bytes, tuple[int, int]]:
-        """`[tokens, tower_dim]` → bytes of `[tokens, lm_dim]` in the output dtype."""
-        with torch.inference_mode():
-            tokens: Tensor = self._projectors[assistant](features)
+    def _project(self, assistant: Assistant, features: Tensor) -> Blob:
+        """`[tokens, tower_dim]` → `[tokens, lm_dim]` in the output dtype."""
+        projector = self._load_projector(assistant)
+        with timed("projector"), torch.inference_mode():
+            tokens: Tensor = projector(features)
             tokens = tokens.to("cpu", getattr(torch, self._settings.dtype)).contiguous()
-        return tokens.view(torch.uint8).numpy().tobytes(), (tokens.shape[0], tokens.shape[1])
-
-    def _digest(self, assistant: str, image_id: str) -> str:
-        version = self.assistants[assistant].version
-        return sha256("\n".join((image_id, version, self._settings.dtype)).encode())
-
-    def _check_assistant(self, name: str) -> None:
-        if name not in self.assistants:
-            known = ", ".join(sorted(self.assistants))
-            raise UnknownAssistant(f"there is no assistant {name[:100]!r}; there are: {known}")
+        shape = (tokens.shape[0], tokens.shape[1])
+        return Blob(memoryview(tokens.view(torch.uint8).numpy().reshape(-1).data), shape, self._settings.dtype)
 
     async def _off_loop(self, function: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+
+@contextmanager
+def timed(stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    metrics.STAGE.labels(stage).observe(time.perf_counter() - began)
 
 
 def tower_id(spec: TowerSpec) -> str:

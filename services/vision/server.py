@@ -6,16 +6,19 @@ import signal
 import sys
 
 import grpc
+import prometheus_client
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from pydantic import ValidationError
 
-from basalt.assistants import AssistantError, load_assistants
+from basalt.assistants import AssistantError
+from basalt.catalog import Catalog, UnknownAssistant
 from basalt.data.images import ImageError
 from basalt.object_store import InvalidKey, ObjectNotFound, StoreUnavailable
 from basalt.rpc.vision.v1 import vision_pb2, vision_pb2_grpc
-from services.vision.embedder import Embedder, Embedding, QueueFull, UnknownAssistant
+from services.vision import metrics
+from services.vision.embedder import Cached, Embedder, Embedding, QueueFull
 from services.vision.settings import Settings
 
 log = logging.getLogger("basalt.vision")
@@ -28,9 +31,15 @@ STATUS = {
     InvalidKey: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownAssistant: grpc.StatusCode.NOT_FOUND,
     ObjectNotFound: grpc.StatusCode.NOT_FOUND,
+    AssistantError: grpc.StatusCode.UNAVAILABLE,
     QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     StoreUnavailable: grpc.StatusCode.UNAVAILABLE,
     TimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+CACHED = {
+    Cached.NOTHING: vision_pb2.CACHED_NOTHING,
+    Cached.FEATURES: vision_pb2.CACHED_FEATURES,
+    Cached.EMBEDDINGS: vision_pb2.CACHED_EMBEDDINGS,
 }
 
 
@@ -49,20 +58,22 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
         self, request: vision_pb2.EmbedRequest, context: grpc.aio.ServicerContext
     ) -> vision_pb2.EmbedResponse:
         remaining = context.time_remaining()
+        deadline = asyncio.get_running_loop().time() + (self._max_seconds if remaining is None else remaining)
         try:
             # Past its deadline a request is cancelled, and what is cancelled is taken out of the queue.
-            async with asyncio.timeout(self._max_seconds if remaining is None else remaining):
-                embedding = await self._embed(request)
+            async with asyncio.timeout_at(deadline):
+                embedding = await self._embed(request, deadline)
         except tuple(STATUS) as error:
             status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
+            metrics.ERRORS.labels(status.name).inc()
             await context.abort(status, str(error) or "the deadline passed before the image was embedded")
         return vision_pb2.EmbedResponse(
-            data=embedding.data,
-            shape=embedding.shape,
-            dtype=embedding.dtype,
+            data=b"" if request.by_reference and embedding.handed_off else bytes(embedding.blob.data),
+            shape=embedding.blob.shape,
+            dtype=embedding.blob.dtype,
             digest=embedding.digest,
             image_id=embedding.image_id,
-            cache_hit=embedding.cache_hit,
+            cached=CACHED[embedding.cached],
         )
 
     async def ListAssistants(
@@ -76,16 +87,16 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
                     tokens=assistant.manifest.tower.tokens,
                     lm_dim=assistant.manifest.base_lm.lm_dim,
                 )
-                for name, assistant in sorted(self._embedder.assistants.items())
+                for name, assistant in sorted(self._embedder.catalog.local.items())
             ]
         )
 
-    async def _embed(self, request: vision_pb2.EmbedRequest) -> Embedding:
+    async def _embed(self, request: vision_pb2.EmbedRequest, deadline: float) -> Embedding:
         match request.WhichOneof("image"):
             case "image_bytes":
-                return await self._embedder.embed_bytes(request.assistant, request.image_bytes)
+                return await self._embedder.embed_bytes(request.assistant, request.image_bytes, deadline)
             case "object_key":
-                return await self._embedder.embed_object(request.assistant, request.object_key)
+                return await self._embedder.embed_object(request.assistant, request.object_key, deadline)
             case _:
                 raise ImageError("the request has no image: set image_bytes or object_key")
 
@@ -133,7 +144,7 @@ class VisionServer:
         """NOT_SERVING first, no new requests, then up to `drain_seconds` for the running ones."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(self._settings.drain_seconds)
-        self._embedder.close()
+        await self._embedder.close()
 
 
 def load(settings: Settings) -> Embedder:
@@ -145,14 +156,17 @@ def load(settings: Settings) -> Embedder:
     try:
         check_device(settings.device)
         settings.check_store()
-        assistants = load_assistants(settings.models_dir)
-        if not assistants:
+        store = settings.open_store()
+        catalog = Catalog(settings.models_dir, settings.versions_dir, store)
+        if not catalog.local:
             raise StartError(
                 f"no assistant in {settings.models_dir.resolve()}: set BASALT_MODELS_DIR to a directory of them"
             )
-        return Embedder.load(assistants, settings.open_store(), settings)
+        embedder = Embedder(catalog, store, settings)
+        embedder.load()
     except (AssistantError, ValueError, RuntimeError, OSError) as error:
         raise StartError(str(error)) from error
+    return embedder
 
 
 def check_device(name: str) -> None:
@@ -171,7 +185,9 @@ async def serve(settings: Settings) -> None:
     embedder = await asyncio.to_thread(load, settings)
     server = VisionServer(embedder, settings)
     port = await server.start()
-    log.info("serving %s at %s:%d", ", ".join(sorted(embedder.assistants)), settings.host, port)
+    if settings.metrics_port is not None:
+        prometheus_client.start_http_server(settings.metrics_port, settings.host)
+    log.info("serving %s at %s:%d", ", ".join(sorted(embedder.catalog.local)), settings.host, port)
     await stopping.wait()
     log.info("stopping: finishing running requests")
     await server.stop()

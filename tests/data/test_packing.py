@@ -1,5 +1,6 @@
 import random
 from collections import Counter
+from itertools import pairwise
 
 import torch
 from hypothesis import given, settings
@@ -55,7 +56,7 @@ def histories(batch: Packed) -> list[tuple[int, ...]]:
     visible, ids = batch.attention_mask()[:, 0].flatten(0, 1).tolist(), batch.ids.tolist()
     return [
         tuple(token for token, seen in zip(ids[flat // LENGTH], visible[flat], strict=True) if seen)
-        for flat in batch.source.tolist()
+        for flat in batch.segments.learned[batch.source].tolist()
     ]
 
 
@@ -102,6 +103,25 @@ def test_a_token_sees_its_conversation_alone_and_counts_its_positions(found: Fou
     assert not (mask[:, 0] & ~allowed).any()
 
 
+@settings(deadline=None, max_examples=60)
+@given(samples())
+def test_segments_say_what_the_mask_says(found: Found) -> None:
+    batch, _, _ = packed(found)
+    said = batch.segments
+    mask, real = batch.attention_mask()[:, 0].flatten(0, 1), (batch.groups >= 0).flatten()
+    assert sum(said.lengths) == len(real)
+    assert said.longest_query == max(said.lengths, default=0)
+    assert said.longest_keys == max(said.key_ends.diff().tolist(), default=0)
+    ends = zip(said.query_ends.tolist(), said.key_ends.tolist(), strict=True)
+    for (query, key), (query_end, key_end) in pairwise(ends):
+        keys, queries = said.keys[key:key_end], range(query, query_end)
+        for number, flat in enumerate(queries):
+            if real[flat]:
+                row = flat // LENGTH * LENGTH
+                seen = (mask[flat].nonzero().flatten() + row).tolist()
+                assert keys[: len(keys) - len(queries) + number + 1].tolist() == seen
+
+
 def test_an_image_s_questions_share_its_tokens() -> None:
     def ask(image: str, question: int) -> tuple[tuple[str, ...], Sample]:
         return (image,), Sample([16, 16, 16, 16, 5, question, 300, 301], [IGNORE] * 6 + [300, 301])
@@ -131,5 +151,5 @@ def test_the_last_token_of_a_shared_beginning_predicts_for_each_branch() -> None
     alike = [(("a",), Sample([16, 5, answer, 2], [IGNORE, IGNORE, answer, 2])) for answer in (300, 301)]
     groups = group_samples(alike, LENGTH, IMAGE)
     batch = pack([groups], LENGTH, PAD)
-    assert batch.source.tolist() == [1, 2, 1, 4]
+    assert batch.segments.learned[batch.source].tolist() == [1, 2, 1, 4]
     assert batch.target.tolist() == [300, 2, 301, 2]

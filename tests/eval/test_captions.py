@@ -1,8 +1,15 @@
 """The golden values are those of pycocoevalcap 1.2 (CiderScorer, BleuScorer with closest length) on the same words."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from basalt.eval.captions import bleu, cider, tokenise
+from basalt.data.readers import DataError
+from basalt.eval.captions import COCO, CiderD, bleu, cider, read_samples, tokenise
+from basalt.eval.scoring import find, score_answers
+from tests.eval.published_files import write_lines
+from tests.eval.strange_answers import strange_answers
 
 REFERENCES = {
     "beach": [
@@ -68,3 +75,41 @@ def test_images_must_agree_and_have_references(score) -> None:
         score({"beach": "a"}, {"beach": []})
     with pytest.raises(ValueError, match="no images"):
         score({}, {})
+
+
+def write_captions(path: Path, **changes: Any) -> Path:
+    return write_lines(path, [{"image": image, "captions": texts} | changes for image, texts in REFERENCES.items()])
+
+
+def test_as_a_benchmark_the_scores_are_those_of_the_corpus(tmp_path: Path) -> None:
+    samples = read_samples(write_captions(tmp_path / "captions.jsonl"))
+    scores = score_answers("captions", samples, CANDIDATES)
+    expected = (0.7258227040825409, 0.6148504886490698, 0.4255207454838264, 0.24514797206816238)
+    assert scores.overall[COCO]["cider"] == pytest.approx(115.35690651871158, abs=1e-7)
+    assert [scores.overall[COCO][f"bleu_{order}"] for order in (1, 2, 3, 4)] == pytest.approx(
+        [100 * value for value in expected], abs=1e-7
+    )
+    assert {one.sample.id: one.verdicts[COCO].rule.kind for one in scores.scored} == dict.fromkeys(REFERENCES, "read")
+    alone = CiderD(REFERENCES)
+    assert all(one.verdicts[COCO].score == alone.score(one.sample.id, one.prediction) for one in scores.scored)
+
+
+@pytest.mark.parametrize("captions", [None, [], "a dog", [1]])
+def test_references_that_are_none_are_named(tmp_path: Path, captions: Any) -> None:
+    with pytest.raises(DataError, match="row 0: 'captions' are the references"):
+        read_samples(write_captions(tmp_path / "captions.jsonl", captions=captions))
+
+
+def test_an_image_twice_and_a_missing_column_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="an id of its own"):
+        read_samples(write_captions(tmp_path / "captions.jsonl", image="beach"))
+    with pytest.raises(DataError, match="row 0: has no 'captions'; it has 'image'"):
+        read_samples(write_lines(tmp_path / "captions.jsonl", [{"image": "beach"}]))
+
+
+def test_twenty_thousand_strange_captions_crash_nothing_and_score_the_same_twice(tmp_path: Path) -> None:
+    samples = read_samples(write_captions(tmp_path / "captions.jsonl"))
+    score, answers = find("captions").scorer(samples), list(strange_answers())
+    first = [score(samples[0], answer)[COCO] for answer in answers]
+    assert [score(samples[0], answer)[COCO] for answer in answers] == first
+    assert len(answers) == 20_000 and all(0 <= verdict.score <= 10 for verdict in first)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import uvicorn
 
-from basalt.assistants import load_assistants
+from basalt.catalog import Catalog
 from basalt.object_store import DirectoryStore
 from services.gateway.app import create_app
 from services.gateway.settings import Settings
@@ -74,8 +74,14 @@ class ServedVision:
     async def _run(self, ready: threading.Event) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
         torch.set_num_threads(1)
-        settings = VisionSettings(port=self.port, dtype="float32", drain_seconds=1)
-        embedder = Embedder.load(load_assistants(self.models), DirectoryStore(self.store), settings)
+        root = self.store.parent
+        places = {"BASALT_MODELS_DIR": self.models, "BASALT_VERSIONS_DIR": root / "versions"}
+        settings = VisionSettings(
+            port=self.port, dtype="float32", drain_seconds=1, **places, BASALT_HANDOFF_DIR=root / "handoff"
+        )
+        store = DirectoryStore(self.store)
+        embedder = Embedder(Catalog(settings.models_dir, settings.versions_dir, store), store, settings)
+        embedder.load()
         server = VisionServer(embedder, settings)
         await server.start()
         ready.set()
@@ -132,6 +138,7 @@ def start(behind: tuple[ServedVision, LLMShaped, Served]) -> Iterator[Callable[.
             "BASALT_VISION_ADDRESS": vision.address,
             "BASALT_LLM_URL": llm_server.url,
             "BASALT_STORE": str(vision.store),
+            "BASALT_DATABASE": f"sqlite:///{vision.store.parent / 'basalt.db'}",
             "allow_private_hosts": "127.0.0.1",
             "fetch_connect_seconds": 30,
             "fetch_seconds": 60,

@@ -14,12 +14,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from basalt.handoff import MISSED
+
 WORDS = ["", "Two", " dogs", " in", " the", " snow", " ❄", "."]
 TOO_LONG = "This model's maximum context length is 512 tokens. However, you requested 9000 tokens."
 
 
-def vllm_error(message: str, status: int) -> JSONResponse:
-    error = {"message": message, "type": "BadRequestError", "param": "input_tokens", "code": status}
+def is_reference(part: Any) -> bool:
+    """This machine sees no hand-off directory."""
+    return isinstance(part, dict) and str(part.get("image_embeds")).startswith("sha256:")
+
+
+def vllm_error(message: str, status: int, param: str = "input_tokens") -> JSONResponse:
+    error = {"message": message, "type": "BadRequestError", "param": param, "code": status}
     return JSONResponse({"error": error}, status)
 
 
@@ -34,6 +41,8 @@ class LLMShaped:
 
     async def _chat(self, request: Request) -> Response:
         body = await request.json()
+        if any(is_reference(part) for message in body["messages"] for part in message.get("content") or []):
+            return vllm_error("no embeddings lie there", 400, MISSED)
         self.bodies.append(body)
         content = body["messages"][-1].get("content")
         said = content if isinstance(content, str) else ""

@@ -30,10 +30,13 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from basalt.assistants import Manifest, seal
+
 LM_DIM = 64
 CONTEXT = 1024
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SYSTEM = "You look at pictures and answer in one sentence."
+TERSE = "One word only."
 TEMPLATE = """\
 {%- for message in messages %}
 {%- if loop.first and message['role'] != 'system' %}
@@ -136,11 +139,12 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def service(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """One base LM, two assistants with LoRAs (as many as LoRA slots), one without."""
-    models_dir = tmp_path_factory.mktemp("models")
+    """One base LM, two LoRA slots and as many assistants with LoRAs, one without, one with another chat template."""
+    models_dir = tmp_path_factory.mktemp("llm") / "models"
     for seed, name in enumerate(("red", "blue"), start=1):
         make_assistant(models_dir, name, tiny_llama, lora_seed=seed)
     make_assistant(models_dir, "plain", tiny_llama)
+    make_assistant(models_dir, "terse", tiny_llama, template=TEMPLATE.replace(SYSTEM, TERSE))
     yield from run_service(tiny_llama, models_dir)
 
 
@@ -174,6 +178,11 @@ def start(
         "BASALT_MODELS_DIR": str(models_dir),
         "BASALT_LLM_PORT": str(port),
         "BASALT_LLM_DTYPE": "float32",
+        "BASALT_VERSIONS_DIR": str(models_dir.parent / "versions"),
+        "BASALT_HANDOFF_DIR": str(models_dir.parent / "handoff"),
+        "BASALT_STORE": str(models_dir.parent / "objects"),
+        "BASALT_LLM_MAX_LORAS": "2",
+        "BASALT_LLM_MAX_KEPT_LORAS": "2",
         "OMP_NUM_THREADS": "2",
     }
     command = [sys.executable, "-m", "services.llm"]
@@ -181,7 +190,13 @@ def start(
 
 
 def make_assistant(
-    models_dir: Path, name: str, base_lm_dir: Path, *, lora_seed: int | None = None, template: str = TEMPLATE
+    models_dir: Path,
+    name: str,
+    base_lm_dir: Path,
+    *,
+    lora_seed: int | None = None,
+    template: str = TEMPLATE,
+    rank: int = 8,
 ) -> None:
     """An assistant with a random LoRA strong enough to change what the LM says."""
     directory = models_dir / name
@@ -192,13 +207,13 @@ def make_assistant(
     lora = None
     if lora_seed is not None:
         lm = AutoModelForCausalLM.from_pretrained(base_lm_dir, dtype=torch.float32)
-        adapted = get_peft_model(lm, LoraConfig(r=8, lora_alpha=16, target_modules=LORA_MODULES))
+        adapted = get_peft_model(lm, LoraConfig(r=rank, lora_alpha=16, target_modules=LORA_MODULES))
         random = torch.Generator().manual_seed(lora_seed)
         for weight_name, weight in adapted.named_parameters():
             if "lora_" in weight_name:
                 weight.data = torch.randn(weight.shape, generator=random) * 0.2
         adapted.save_pretrained(directory / "lora")
-        lora = {"dir": "lora", "digest": _digest(directory / "lora" / "adapter_model.safetensors"), "rank": 8}
+        lora = {"dir": "lora", "digest": _digest(directory / "lora" / "adapter_model.safetensors"), "rank": rank}
     manifest = {
         "name": name,
         "tower": {"kind": "siglip", "id": "t", "image_size": 32, "tokens": 4, "width": 8, "fit": "resize"},
@@ -211,7 +226,7 @@ def make_assistant(
         "lora": lora,
         "chat_template": "chat_template.jinja",
     }
-    (directory / "manifest.json").write_text(json.dumps(manifest))
+    seal(directory, Manifest.model_validate(manifest))
 
 
 def _base_lm(directory: Path, model_class: Any, config_class: Any) -> Path:

@@ -1,6 +1,7 @@
 """What is decoded is exactly what was sent; what does not fit is refused by name."""
 
 import base64
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ from safetensors.torch import save
 
 vllm_exceptions = pytest.importorskip("vllm.exceptions", reason="the llm extra is not installed")
 
+from basalt.handoff import MISSED, Blob, HandoffDirectory  # noqa: E402
 from services.llm.embeddings import EmbeddingsConnector, EmbeddingsSpec  # noqa: E402
 
-SPEC = EmbeddingsSpec(lm_dim=8, max_tokens=10, dtype=torch.float32)
+SPEC = EmbeddingsSpec(lm_dim=8, max_tokens=10, dtype=torch.float32, handoff=Path("/nowhere"))
+
+DIGEST = "sha256:" + 64 * "a"
 
 
 def encoded(embeddings: torch.Tensor, name: str = "embeddings") -> str:
@@ -50,7 +54,7 @@ def test_refuses_what_does_not_fit(data: str, said: str) -> None:
 
 
 def test_values_that_overflow_in_the_engines_dtype_are_refused() -> None:
-    spec = EmbeddingsSpec(lm_dim=8, max_tokens=10, dtype=torch.float16)
+    spec = EmbeddingsSpec(lm_dim=8, max_tokens=10, dtype=torch.float16, handoff=Path("/nowhere"))
     with pytest.raises(vllm_exceptions.VLLMValidationError, match="finite in float16"):
         spec.decode(encoded(torch.full((3, 8), 1e5)))
 
@@ -63,3 +67,39 @@ async def test_connector_fetches_nothing() -> None:
     for fetch in (connector.fetch_audio_embedding_async, connector.fetch_video_embedding_async):
         with pytest.raises(vllm_exceptions.VLLMValidationError, match="image_embeds"):
             await fetch("AAAA")
+
+
+def test_by_reference_it_is_what_lies_under_the_digest(tmp_path: Path) -> None:
+    spec = EmbeddingsSpec(lm_dim=8, max_tokens=10, dtype=torch.bfloat16, handoff=tmp_path)
+    sent = torch.randn(4, 8).to(torch.bfloat16)
+    data = sent.view(torch.uint8).numpy().tobytes()
+    HandoffDirectory(tmp_path, 10_000).put(DIGEST, Blob(data, (4, 8), "bfloat16"))
+    assert torch.equal(spec.decode(DIGEST), sent)
+
+
+def test_a_reference_that_leads_nowhere_is_told_apart(tmp_path: Path) -> None:
+    spec = EmbeddingsSpec(lm_dim=8, max_tokens=10, dtype=torch.float32, handoff=tmp_path)
+    with pytest.raises(vllm_exceptions.VLLMValidationError) as caught:
+        spec.decode(DIGEST)
+    assert caught.value.parameter == MISSED
+
+
+def test_what_lies_under_the_digest_is_checked_too(tmp_path: Path) -> None:
+    spec = EmbeddingsSpec(lm_dim=9, max_tokens=10, dtype=torch.float32, handoff=tmp_path)
+    HandoffDirectory(tmp_path, 10_000).put(DIGEST, Blob(bytes(4 * 8 * 4), (4, 8), "float32"))
+    with pytest.raises(vllm_exceptions.VLLMValidationError, match="width 9"):
+        spec.decode(DIGEST)
+    (tmp_path / DIGEST.removeprefix("sha256:")).write_bytes(b"rubbish")
+    with pytest.raises(vllm_exceptions.VLLMValidationError, match="not readable"):
+        spec.decode(DIGEST)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(value: float, dtype: torch.dtype) -> None:
+    spec = EmbeddingsSpec(lm_dim=37, max_tokens=10, dtype=dtype, handoff=Path("/nowhere"))
+    for place in range(0, 370, 7):
+        embeddings = torch.randn(370).to(dtype)
+        embeddings[place] = value
+        with pytest.raises(vllm_exceptions.VLLMValidationError, match="finite"):
+            spec.decode(encoded(embeddings.view(10, 37)))

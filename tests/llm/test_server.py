@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from services.llm.server import BaseLM, fitting_assistants, vllm_arguments
+from services.llm.fit import BaseLM
+from services.llm.server import fitting_catalog, vllm_arguments
 from services.llm.settings import Settings
 from tests.llm.conftest import CONTEXT, make_assistant, start
 
@@ -60,29 +61,23 @@ def test_changed_lora(tiny_llama: Path, tmp_path: Path) -> None:
     assert "digest" in refusal(tiny_llama, tmp_path)
 
 
-def test_different_chat_templates(tiny_llama: Path, tmp_path: Path) -> None:
-    make_assistant(tmp_path, "one", tiny_llama)
-    make_assistant(tmp_path, "two", tiny_llama, template="{{ messages }}")
-    assert "one and two have different chat templates" in refusal(tiny_llama, tmp_path)
-
-
 def test_setting_that_makes_no_sense(tiny_llama: Path, tmp_path: Path) -> None:
     assert "port" in refusal(tiny_llama, tmp_path, BASALT_LLM_PORT="99999")
 
 
-def test_every_assistant_becomes_a_lora_or_a_name(
+def test_settings_and_assistants_become_vllms_arguments(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_assistant(tmp_path, "red", tiny_llama, lora_seed=1)
     make_assistant(tmp_path, "plain", tiny_llama)
     monkeypatch.setenv("BASALT_MODELS_DIR", str(tmp_path))
     monkeypatch.setenv("BASALT_LLM_KV_CACHE_GIB", "2")
+    monkeypatch.setenv("BASALT_VERSIONS_DIR", str(tmp_path / "versions"))
+    monkeypatch.setenv("BASALT_LLM_MAX_LORA_RANK", "4")
     settings, base_lm = Settings(), BaseLM.read(tiny_llama)
 
-    arguments = vllm_arguments(settings, base_lm, fitting_assistants(settings, base_lm))
+    arguments = vllm_arguments(settings, base_lm, list(fitting_catalog(settings, base_lm).local.values()))
 
     assert settings.kv_cache_gib == 2
-    assert f"red={tmp_path / 'red' / 'lora'}" in arguments
-    assert arguments[arguments.index("--served-model-name") + 1] == "plain"
     assert f"--max-model-len={CONTEXT}" in arguments
     assert "--max-lora-rank=8" in arguments

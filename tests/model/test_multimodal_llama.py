@@ -10,8 +10,11 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SiglipVisionConfig,
 )
 
@@ -19,12 +22,14 @@ from basalt.assistants import TowerSpec
 from basalt.data.grouping import fill_rows, group_samples
 from basalt.data.packing import pack
 from basalt.data.preprocess import IGNORE, Sample
+from basalt.model.last_layer import train_by_segments
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import Projector
 from basalt.model.vision_encoder import transformer_encoder
 
 IMAGE = 7
 VOCABULARY = 64
+LMS = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}
 
 
 def siglip(size: int = 32, patch: int = 8, width: int = 32, layers: int = 3) -> SiglipVisionConfig:
@@ -54,6 +59,14 @@ def qwen2() -> Qwen2Config:
     )  # fmt: skip
 
 
+def qwen3() -> Qwen3Config:
+    """A layer of another make: queries and keys are normalised."""
+    return Qwen3Config(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=12, vocab_size=VOCABULARY,
+    )  # fmt: skip
+
+
 def twins(vision, text) -> tuple[LlavaForConditionalGeneration, MultimodalLlama]:
     """transformers' model and ours over the very same weights."""
     torch.manual_seed(0)
@@ -69,7 +82,7 @@ def twins(vision, text) -> tuple[LlavaForConditionalGeneration, MultimodalLlama]
     )
     projector = Projector(vision.hidden_size, text.hidden_size, text.hidden_size)
     projector.load_state_dict(theirs.model.multi_modal_projector.state_dict())
-    lm = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[text.model_type](text).eval()
+    lm = LMS[text.model_type](text).eval()
     lm.model.load_state_dict(theirs.model.language_model.state_dict())
     lm.lm_head.load_state_dict(theirs.lm_head.state_dict())
     return theirs, MultimodalLlama(transformer_encoder(spec, theirs.model.vision_tower), projector, lm, IMAGE)
@@ -169,8 +182,12 @@ def conversations() -> list[tuple[tuple[str, ...], Sample]]:
     ]
 
 
-def packed_and_alone(gradients: bool = False):
-    _, ours = twins(siglip(), llama())
+def packed_and_alone(attention: str, lm: PreTrainedConfig):
+    _, ours = twins(siglip(), lm)
+    if attention == "segments":
+        train_by_segments(ours.lm)
+    else:
+        ours.lm.set_attn_implementation(attention)
     pixels = {"a": torch.randn(3, 32, 32), "b": torch.randn(3, 32, 32)}
     total = torch.zeros(())
     for images, sample in conversations():
@@ -186,13 +203,21 @@ def packed_and_alone(gradients: bool = False):
     return ours, total, ours.packed_loss(batch, features)
 
 
-def test_packed_loss_equals_each_conversation_alone() -> None:
-    _, alone, packed = packed_and_alone()
+ways_to_pack = pytest.mark.parametrize(
+    ("attention", "lm"),
+    [("eager", llama()), ("sdpa", llama()), ("segments", llama()), ("segments", qwen2()), ("segments", qwen3())],
+)
+
+
+@ways_to_pack
+def test_packed_loss_equals_each_conversation_alone(attention: str, lm: PreTrainedConfig) -> None:
+    _, alone, packed = packed_and_alone(attention, lm)
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_packed_gradients_equal_each_conversation_alone() -> None:
-    ours, alone, packed = packed_and_alone()
+@ways_to_pack
+def test_packed_gradients_equal_each_conversation_alone(attention: str, lm: PreTrainedConfig) -> None:
+    ours, alone, packed = packed_and_alone(attention, lm)
     weight = ours.projector.linear_1.weight
     expected = torch.autograd.grad(alone, weight)[0]
     torch.testing.assert_close(torch.autograd.grad(packed, weight)[0], expected, atol=1e-5, rtol=1e-4)

@@ -23,6 +23,8 @@ class Stack:
     launcher: psutil.Process
     gateway: str
     ui: str
+    trainer: str
+    evaluator: str
     log: Path
 
     def client(self) -> openai.OpenAI:
@@ -49,7 +51,7 @@ def free_ports(count: int) -> list[int]:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Every service for real, in float32 so that answers can be compared with transformers'."""
     var = tmp_path_factory.mktemp("stack")
-    gateway, ui, vision, llm, trainer, redis = free_ports(6)
+    gateway, ui, vision, llm, trainer, evaluator, redis = free_ports(7)
     environment = os.environ | {
         "BASALT_VAR": str(var),
         "BASALT_STORE": str(var / "objects"),
@@ -58,6 +60,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         "BASALT_VISION_PORT": str(vision),
         "BASALT_LLM_PORT": str(llm),
         "BASALT_TRAINER_PORT": str(trainer),
+        "BASALT_EVALUATOR_PORT": str(evaluator),
         "BASALT_REDIS_PORT": str(redis),
         "BASALT_LLM_DTYPE": "float32",
         "BASALT_VISION_DTYPE": "float32",
@@ -74,6 +77,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             launcher.terminate()
             pytest.fail(f"the stack did not start:\n{log.read_text()[-4000:]}")
         time.sleep(0.5)
-    yield Stack(psutil.Process(launcher.pid), f"http://127.0.0.1:{gateway}", f"http://127.0.0.1:{ui}", log)
+    urls = [f"http://127.0.0.1:{port}" for port in (gateway, ui, trainer, evaluator)]
+    yield Stack(psutil.Process(launcher.pid), *urls, log)
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(60) == 0, log.read_text()[-4000:]

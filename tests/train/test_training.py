@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from basalt.assistants import load_assistant, sha256
+from basalt.assistants import AssistantError, load_assistant, sha256
 from basalt.data.readers import DataError
 from basalt.model.assistant import LocalAssistant
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import load_projector
+from basalt.model.vision_encoder import efficientnet_lite_weights
 from basalt.train.data import Dealer, prefetched
 from basalt.train.loop import Run, has_compiler, learned
 from basalt.train.optimizer import MasterAdamW, rate_factor
@@ -33,7 +34,7 @@ def log(run: Path) -> list[dict[str, Any]]:
 
 
 def digests(directory: Path) -> dict[str, str]:
-    return {path.name: sha256(path.read_bytes()) for path in directory.iterdir()}
+    return {path.name: sha256(path.read_bytes()) for path in directory.iterdir() if path.is_file()}
 
 
 def test_stage_1_lowers_the_loss_and_trains_the_projector_alone(stage1: Recipe, aligned: Path, tmp_path: Path) -> None:
@@ -102,7 +103,16 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(
 def test_what_is_published_answers(instructed: Path, base_lm: Path, data: Path, tmp_path: Path) -> None:
     publish(instructed, "tiny", tmp_path, {"note": "a test"})
     assistant = load_assistant(tmp_path / "tiny")
-    assert assistant.manifest.lineage == {"note": "a test"}
+    lineage: Any = assistant.manifest.lineage
+    assert lineage["note"] == "a test"
+    assert lineage["base_lm"] == sha256((base_lm / "model.safetensors").read_bytes())
+    assert lineage["tower"] == sha256(efficientnet_lite_weights().read_bytes())
+    assert lineage["run"]["recipe"]["lora"]["rank"] == 4
+    captions = str(data / "captions.jsonl")
+    assert (
+        lineage["run"]["data"][captions] == lineage["run"]["start"]["data"][captions] == digests(data)["captions.jsonl"]
+    )
+    assert lineage["run"]["measured"]["held_out_loss"] == log(instructed)[-1]["held_out_loss"]
     assert assistant.manifest.lora is not None
     assert assistant.manifest.lora.rank == 4
     local = LocalAssistant(assistant, base_lm)
@@ -113,6 +123,17 @@ def test_what_is_published_answers(instructed: Path, base_lm: Path, data: Path, 
     together = local.answer([(describe, [picture]), (hello, [])], **options)
     assert together == [*local.answer([(describe, [picture])], **options), *local.answer([(hello, [])], **options)]
     assert all(isinstance(answer, str) for answer in together)
+
+
+def test_a_version_names_the_one_it_came_from(aligned: Path, stage2: Recipe, instructed: Path, tmp_path: Path) -> None:
+    parent, run = tmp_path / "stage1", tmp_path / "stage2"
+    shutil.copytree(aligned, parent)
+    first = publish(parent, "first", tmp_path / "models", {})
+    shutil.copytree(instructed, run)
+    (run / "recipe.json").write_text(stage2.model_copy(update={"start": parent}).model_dump_json())
+    second = publish(run, "second", tmp_path / "models", {})
+    assert first.manifest.lineage["parent"] is None
+    assert second.manifest.lineage["parent"] == f"first@{first.version.removeprefix('sha256:')}"
 
 
 def test_stage_1_is_published_without_a_lora(aligned: Path, base_lm: Path, tmp_path: Path) -> None:
@@ -150,6 +171,23 @@ def test_an_unfinished_stage_2_is_not_published(stage2: Recipe, instructed: Path
     shutil.copy(instructed / "recipe.json", unfinished)
     with pytest.raises(FileNotFoundError, match="not finished"):
         publish(unfinished, "tiny", tmp_path / "models", {})
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_projector_of_other_widths_is_refused_before_the_data_is_read(
+    stage2: Recipe, aligned: Path, tmp_path: Path
+) -> None:
+    wide = make_lm(tmp_path / "wide", width=128)
+    update = {"start": aligned, "base_lm": wide, "features": tmp_path / "features"}
+    with pytest.raises(AssistantError, match=r"2532 → 48 → 64 \(tower → hidden → base LM\), but 2532 → 48 → 128 is"):
+        train_stage2(stage2.model_copy(update=update), tmp_path / "run")
+    assert not (tmp_path / "features").exists()
+    run = tmp_path / "moved"
+    shutil.copytree(aligned, run)
+    recipe = Recipe.model_validate_json((run / "recipe.json").read_text()).model_copy(update={"base_lm": wide})
+    (run / "recipe.json").write_text(recipe.model_dump_json())
+    with pytest.raises(AssistantError, match="but 2532 → 48 → 128 is wanted: use the tower and base LM it was trained"):
+        publish(run, "tiny", tmp_path / "models", {})
     assert not (tmp_path / "models").exists()
 
 

@@ -93,7 +93,8 @@ def wait(true: Callable[[], object], seconds: float) -> None:
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     directory = tmp_path_factory.mktemp("trainer")
     api, redis = free_ports(2)
-    make_recipes(directory / "recipes", make_lm(directory / "tiny-lm"))
+    make_recipes(directory / "recipes" / "tiny", make_lm(directory / "tiny-lm"))
+    make_recipes(directory / "recipes" / "wide", make_lm(directory / "wide-lm", width=128))
     environment = os.environ | {
         "BASALT_DATABASE": f"sqlite:///{directory}/basalt.db",
         "BASALT_STORE": str(directory / "objects"),
@@ -114,7 +115,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
 
 
 def make_recipes(directory: Path, base_lm: Path) -> None:
-    """`tiny`: seconds for each stage."""
+    """Of both stages: seconds for each."""
     tower = {
         "kind": "efficientnet-lite", "id": "efficientnet-lite2", "image_size": 64, "tokens": 4, "width": 2532,
         "fit": "resize", "coordinates": True,
@@ -131,10 +132,10 @@ def make_recipes(directory: Path, base_lm: Path) -> None:
         "row_length": 160,
         "checkpoint_every": 5,
     }
-    (directory / "tiny").mkdir(parents=True)
-    (directory / "tiny" / "stage1.yaml").write_text(yaml.safe_dump(stage1))
+    directory.mkdir(parents=True)
+    (directory / "stage1.yaml").write_text(yaml.safe_dump(stage1))
     stage2 = stage1 | {"lora": {"rank": 4, "alpha": 8, "learning_rate": 2e-3}}
-    (directory / "tiny" / "stage2.yaml").write_text(yaml.safe_dump(stage2))
+    (directory / "stage2.yaml").write_text(yaml.safe_dump(stage2))
 
 
 @pytest.fixture(scope="session")

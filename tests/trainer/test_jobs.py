@@ -53,7 +53,8 @@ def test_a_job_trains_both_stages_and_publishes(
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "succeeded", trainer.log()
     assert job.fine_tuned_model is not None and job.fine_tuned_model.startswith("shapes@")
-    monkeypatch.setenv("BASALT_STORE", trainer.environment["BASALT_STORE"])
+    for name in ("BASALT_STORE", "BASALT_DATABASE"):
+        monkeypatch.setenv(name, trainer.environment[name])
     pulled = CliRunner().invoke(app, ["models", "pull", job.fine_tuned_model, "--models", str(tmp_path)])
     assert pulled.exit_code == 0, pulled.output
     local = LocalAssistant(load_assistant(tmp_path / "shapes"), trainer.directory / "tiny-lm")
@@ -71,13 +72,47 @@ def test_a_job_trains_both_stages_and_publishes(
     assert client.files.content(files[0].id).text.startswith("phase,step,loss")
 
 
+def test_stage_2_goes_on_from_another_job_where_the_projector_fits(
+    trainer: Trainer, rows: bytes, images: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = trainer.client()
+
+    def stage(name: str, model: str, **ours: object) -> str:
+        method = {"type": name, name: {"hyperparameters": {"steps": 5}}}
+        training = client.files.create(file=("rows.json", rows), purpose="fine-tune").id
+        pictures = client.files.create(file=("images.tar", images), purpose="fine-tune").id
+        return client.fine_tuning.jobs.create(
+            model=model,
+            training_file=training,
+            method=method,  # type: ignore[arg-type]
+            extra_body={"images_file": pictures, **ours},
+        ).id
+
+    first = stage("stage1", "tiny")
+    until(trainer, first, "succeeded")
+    widths = "2532 → 48 → 64 .tower → hidden → base LM., but 'wide' needs 2532 → 48 → 128: start from a stage 1 job of"
+    with pytest.raises(openai.BadRequestError, match=widths):
+        stage("stage2", "wide", start=first)
+    with pytest.raises(openai.NotFoundError, match="there is no job 'ftjob-0'"):
+        stage("stage2", "tiny", start="ftjob-0")
+    second = stage("stage2", "tiny", start=first)
+    until(trainer, second, "succeeded")
+    for name in ("BASALT_STORE", "BASALT_DATABASE"):
+        monkeypatch.setenv(name, trainer.environment[name])
+    shown = CliRunner().invoke(app, ["models", "show", str(client.fine_tuning.jobs.retrieve(second).fine_tuned_model)])
+    lineage = json.loads(shown.stdout)["manifest"]["lineage"]
+    assert lineage["job"] == second
+    assert lineage["parent"] == client.fine_tuning.jobs.retrieve(first).fine_tuned_model
+    assert lineage["request"]["start"] == first
+
+
 def test_a_job_is_paused_and_resumed(trainer: Trainer, rows: bytes, images: bytes) -> None:
     client = trainer.client()
     job_id = submit(trainer, rows, images, steps=3000)
     until(trainer, job_id, "running")
     wait(lambda: list(client.fine_tuning.jobs.checkpoints.list(job_id)), 100)
     client.fine_tuning.jobs.pause(job_id)
-    until(trainer, job_id, "paused", seconds=30)
+    until(trainer, job_id, "paused")
     assert not trainer.training()
     step = max(each.step_number for each in client.fine_tuning.jobs.checkpoints.list(job_id))
     client.fine_tuning.jobs.resume(job_id)
@@ -86,7 +121,7 @@ def test_a_job_is_paused_and_resumed(trainer: Trainer, rows: bytes, images: byte
     log = next((trainer.directory / "jobs" / job_id).glob("training.log")).read_text()
     assert f"going on from step {step}" in log
     client.fine_tuning.jobs.cancel(job_id)
-    until(trainer, job_id, "cancelled", seconds=30)
+    until(trainer, job_id, "cancelled")
     told = [event.data for event in client.fine_tuning.jobs.list_events(job_id, limit=100) if event.type == "metrics"]
     steps = [(data["phase"], data["step"]) for data in told]  # type: ignore[index]
     assert len(steps) == len(set(steps))  # each is told once
@@ -108,7 +143,7 @@ def test_a_worker_s_death_is_noticed_and_the_job_goes_on(trainer: Trainer, rows:
     assert time.monotonic() - died < 60
     assert len(trainer.training()) == 1
     client.fine_tuning.jobs.cancel(job_id)
-    until(trainer, job_id, "cancelled", seconds=60)
+    until(trainer, job_id, "cancelled")
 
 
 def test_a_stopped_worker_hands_its_job_on(trainer: Trainer, rows: bytes, images: bytes) -> None:
@@ -118,9 +153,9 @@ def test_a_stopped_worker_hands_its_job_on(trainer: Trainer, rows: bytes, images
     trainer.stop("worker", signal.SIGTERM)
     assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
     trainer.start("worker")
-    until(trainer, job_id, "running", seconds=60)
+    until(trainer, job_id, "running")
     client.fine_tuning.jobs.cancel(job_id)
-    until(trainer, job_id, "cancelled", seconds=60)
+    until(trainer, job_id, "cancelled")
 
 
 def test_the_object_store_and_redis_may_be_gone_for_a_while(trainer: Trainer, rows: bytes, images: bytes) -> None:
@@ -141,7 +176,7 @@ def test_the_object_store_and_redis_may_be_gone_for_a_while(trainer: Trainer, ro
     wait(lambda: max(each.step_number for each in kept()) > before, 60)
     assert trainer.training() == [process]  # it went on all the while
     client.fine_tuning.jobs.cancel(job_id)
-    until(trainer, job_id, "cancelled", seconds=60)
+    until(trainer, job_id, "cancelled")
 
 
 def test_what_cannot_be_is_refused_at_once(trainer: Trainer, rows: bytes) -> None:

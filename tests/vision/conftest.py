@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from basalt.assistants import load_assistants
+from basalt.catalog import Catalog
 from basalt.object_store import DirectoryStore
 from basalt.rpc.vision.v1 import vision_pb2_grpc
 from services.vision.embedder import Embedder
@@ -38,6 +38,7 @@ class Vision:
     server: VisionServer
     embedder: Embedder
     store: DirectoryStore
+    settings: Settings
     batches: list[int]  # sizes of the tower's batches so far
 
 
@@ -51,17 +52,22 @@ async def start(models: Path, tmp_path: Path) -> AsyncIterator[Start]:
 
     async def start_server(**given: Any) -> Vision:
         defaults = {"port": 0, "dtype": "float32", "drain_seconds": 5, "host": "127.0.0.1"}
-        settings = Settings(**{"BASALT_MODELS_DIR": models} | defaults | given)
+        places = {"BASALT_MODELS_DIR": models, "BASALT_VERSIONS_DIR": tmp_path / "versions"}
+        places["BASALT_HANDOFF_DIR"] = tmp_path / f"handoff-{len(running)}"
+        settings = Settings(**places | defaults | given)
         torch.set_num_threads(1)
         store = DirectoryStore(tmp_path / "objects")
-        embedder = Embedder.load(load_assistants(models), store, settings)
+        embedder = Embedder(Catalog(settings.models_dir, settings.versions_dir, store), store, settings)
+        embedder.load()
         batches: list[int] = []
         for tower in embedder._towers.values():
-            tower.register_forward_pre_hook(lambda _, pixels: batches.append(len(pixels[0])))
+            tower.encoder.register_forward_pre_hook(lambda _, pixels: batches.append(len(pixels[0])))
         server = VisionServer(embedder, settings)
         address = f"127.0.0.1:{await server.start()}"
         channel = grpc.aio.insecure_channel(address, [("grpc.max_send_message_length", 64 << 20)])
-        vision = Vision(address, channel, vision_pb2_grpc.VisionStub(channel), server, embedder, store, batches)
+        vision = Vision(
+            address, channel, vision_pb2_grpc.VisionStub(channel), server, embedder, store, settings, batches
+        )
         running.append(vision)
         return vision
 

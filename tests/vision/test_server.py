@@ -1,6 +1,7 @@
 """The vision service's contract, over real gRPC, on a tiny SigLIP tower."""
 
 import asyncio
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,18 +9,23 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import prometheus_client
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from safetensors.torch import load_file
 
 from basalt.assistants import load_assistants, sha256
+from basalt.catalog import reference
 from basalt.data.images import decode_image
+from basalt.handoff import handoff_path
 from basalt.model.projector import load_projector
 from basalt.model.vision_encoder import load_vision_encoder
 from basalt.object_store import image_key
+from basalt.registry import publish
 from basalt.rpc.vision.v1 import vision_pb2
-from tests.tiny import LM_DIM, TOKENS, picture
+from tests.tiny import LM_DIM, TOKENS, make_assistant, picture
 from tests.vision.conftest import Start, Vision
 
 SERVICE = "basalt.rpc.vision.v1.Vision"
@@ -58,7 +64,7 @@ async def test_bfloat16_is_the_default_dtype_and_rounds_the_same_values(start: S
     answer = await embed(vision, "one", picture(1))
     values = torch.frombuffer(bytearray(answer.data), dtype=torch.bfloat16).reshape(*answer.shape)
     assert answer.dtype == "bfloat16"
-    torch.testing.assert_close(values.float(), expected(models, "one", picture(1)), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(values.float(), expected(models, "one", picture(1)), rtol=2e-2, atol=2e-2)
 
 
 async def test_digest_tells_image_assistant_and_dtype_apart(start: Start):
@@ -77,12 +83,16 @@ async def test_tower_runs_once_for_all_assistants(start: Start):
     first = await embed(vision, "one", picture(1))
     second = await embed(vision, "two", picture(1))
     third = await embed(vision, "one", picture(1))
-    assert [first.cache_hit, second.cache_hit, third.cache_hit] == [False, True, True]
+    assert [first.cached, second.cached, third.cached] == [
+        vision_pb2.CACHED_NOTHING,
+        vision_pb2.CACHED_FEATURES,
+        vision_pb2.CACHED_EMBEDDINGS,
+    ]
     assert vision.batches == [1]
 
 
 async def test_requests_that_arrive_together_share_batches(start: Start, models: Path):
-    vision = await start(max_batch=4, batch_wait_ms=200)
+    vision = await start(max_batch_tokens=4 * TOKENS, batch_wait_ms=200)
     answers = await asyncio.gather(*(embed(vision, "one", picture(n)) for n in range(8)))
     assert sum(vision.batches) == 8
     assert max(vision.batches) == 4
@@ -111,6 +121,38 @@ async def test_by_object_key(start: Start):
     answer = await vision.stub.Embed(by_key)
     assert answer.image_id == sha256(data)
     assert (await embed(vision, "one", data)).data == answer.data
+
+
+async def test_by_reference_the_handoff_directory_holds_the_same_bytes(start: Start):
+    vision = await start()
+    request = vision_pb2.EmbedRequest(assistant="one", image_bytes=picture(1), by_reference=True)
+    answer = await vision.stub.Embed(request)
+    path = handoff_path(vision.settings.handoff_dir, answer.digest)
+    assert path is not None
+    assert answer.data == b""
+    whole = await embed(vision, "one", picture(1))
+    assert load_file(path)["embeddings"].numpy().tobytes() == whole.data
+
+
+async def test_where_nothing_can_be_handed_off_the_bytes_go_along(start: Start):
+    vision = await start(embedding_cache_bytes=0)
+    request = vision_pb2.EmbedRequest(assistant="one", image_bytes=picture(1), by_reference=True)
+    assert len((await vision.stub.Embed(request)).data) == TOKENS * LM_DIM * 4
+
+
+async def test_embeddings_of_an_earlier_process_are_taken_over(start: Start, tmp_path: Path):
+    first = await start(BASALT_HANDOFF_DIR=tmp_path / "kept")
+    before = await embed(first, "one", picture(1))
+    second = await start(BASALT_HANDOFF_DIR=tmp_path / "kept")
+    after = await embed(second, "one", picture(1))
+    assert (after.data, after.cached) == (before.data, vision_pb2.CACHED_EMBEDDINGS)
+    assert second.batches == []
+
+
+async def test_projectors_beyond_the_budget_are_loaded_again(start: Start):
+    vision = await start(projector_bytes=20_000)  # one of them
+    answers = [await embed(vision, name, picture(n)) for n in range(3) for name in ("one", "two")]
+    assert len({answer.digest for answer in answers}) == 6
 
 
 async def test_damaged_object_is_not_embedded(start: Start):
@@ -243,6 +285,8 @@ def run_service(models: Path, store: Path, port: int) -> subprocess.Popen[str]:
         "HF_HUB_OFFLINE": "1",
         "BASALT_MODELS_DIR": str(models),
         "BASALT_STORE": str(store),
+        "BASALT_VERSIONS_DIR": str(store / "versions"),
+        "BASALT_HANDOFF_DIR": str(store / "handoff"),
         "BASALT_VISION_PORT": str(port),
     }
     return subprocess.Popen(
@@ -275,3 +319,43 @@ def test_the_process_says_what_is_missing(tmp_path: Path, free_port: int):
     assert process.returncode == 2
     assert "BASALT_MODELS_DIR" in said
     assert "Traceback" not in said
+
+
+async def test_metrics_tell_images_by_assistant_and_cache(start: Start):
+    def count(cached: str) -> float:
+        labels = {"assistant": "two", "cached": cached}
+        return prometheus_client.REGISTRY.get_sample_value("basalt_vision_images_total", labels) or 0
+
+    vision = await start()
+    before = {cached: count(cached) for cached in ("nothing", "features", "embeddings")}
+    await embed(vision, "one", picture(1))
+    await embed(vision, "two", picture(1))
+    await embed(vision, "two", picture(1))
+    await embed(vision, "two", picture(2))
+    assert {cached: count(cached) - seen for cached, seen in before.items()} == dict.fromkeys(before, 1)
+
+
+async def test_versions_of_the_registry_are_brought_when_asked_for(start: Start, models: Path, tmp_path: Path):
+    vision = await start()
+    make_assistant(tmp_path / "elsewhere", "three", models.parent / "tower", seed=3)
+    await publish(vision.store, tmp_path / "elsewhere/three")
+    wanted = reference(load_assistants(tmp_path / "elsewhere")["three"])
+    answer = await embed(vision, wanted, picture(1))
+    values = np.frombuffer(answer.data, "<f4").reshape(answer.shape)
+    right = expected(tmp_path / "elsewhere", "three", picture(1)).numpy()
+    np.testing.assert_allclose(values, right, rtol=1e-4, atol=1e-5)
+    code, _ = await refusal(embed(vision, f"three@{64 * 'a'}", picture(1)))
+    assert code == grpc.StatusCode.NOT_FOUND
+
+
+async def test_a_version_is_served_unchanged_after_its_directory_is_replaced(
+    start: Start, tmp_path: Path, models: Path
+):
+    root = tmp_path / "served"
+    make_assistant(root, "one", models.parent / "tower", seed=1)
+    vision = await start(BASALT_MODELS_DIR=root, projector_bytes=0, embedding_cache_bytes=0)
+    old = reference(vision.embedder.catalog.local["one"])
+    before = await embed(vision, old, picture(1))
+    shutil.rmtree(root / "one")
+    make_assistant(root, "one", models.parent / "tower", seed=9)
+    assert (await embed(vision, old, picture(1))).data == before.data

@@ -4,7 +4,7 @@ LLaVA JSON, OpenAI fine-tuning JSONL, captions and questions in JSONL, Hugging F
 is read into memory but text and the sizes of the images.
 """
 
-from basalt.data.readers.data_set import DataSet, read_rows
+from basalt.data.readers.data_set import DataSet, find_shards, read_rows
 from basalt.data.readers.files import Images, ImageSource
 from basalt.data.readers.json_rows import read_records
 from basalt.data.readers.rows import PLACEHOLDER, DataError, Row, Unusable
@@ -17,6 +17,7 @@ __all__ = [
     "Images",
     "Row",
     "Unusable",
+    "find_shards",
     "read_records",
     "read_rows",
 ]

@@ -84,7 +84,7 @@ def _rows(files: _RowFiles, prompts: Sequence[str]) -> Iterator[Row | Unusable]:
 
 
 def _row_files(path: Path) -> _RowFiles:
-    shards = _shards(path)
+    shards = find_shards(path)
     formats = {shard.suffix for shard in shards}
     if formats == {".parquet"}:
         from basalt.data.readers.parquet_rows import ParquetRows  # pyarrow comes with training, not with serving
@@ -97,8 +97,8 @@ def _row_files(path: Path) -> _RowFiles:
     raise DataError(f"{path} holds {' and '.join(sorted(formats))} files: name those of one format, .parquet or .tar")
 
 
-def _shards(path: Path) -> list[Path]:
-    """The files of a path: itself, those in a folder, or those that a pattern in braces names."""
+def find_shards(path: Path) -> list[Path]:
+    """The files of a path of rows: itself, those in a folder, or those that a pattern in braces names."""
     if path.is_dir():
         shards = sorted(file for file in path.rglob("*") if file.suffix in (".parquet", ".tar"))
         if not shards:

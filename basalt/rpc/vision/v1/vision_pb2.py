@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!basalt/rpc/vision/v1/vision.proto\x12\x14\x62\x61salt.rpc.vision.v1\"W\n\x0c\x45mbedRequest\x12\x11\n\tassistant\x18\x01 \x01(\t\x12\x15\n\x0bimage_bytes\x18\x02 \x01(\x0cH\x00\x12\x14\n\nobject_key\x18\x03 \x01(\tH\x00\x42\x07\n\x05image\"p\n\rEmbedResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05shape\x18\x02 \x03(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x10\n\x08image_id\x18\x05 \x01(\t\x12\x11\n\tcache_hit\x18\x06 \x01(\x08\"\x17\n\x15ListAssistantsRequest\"Q\n\x16ListAssistantsResponse\x12\x37\n\nassistants\x18\x01 \x03(\x0b\x32#.basalt.rpc.vision.v1.AssistantInfo\"N\n\rAssistantInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x0e\n\x06lm_dim\x18\x04 \x01(\r2\xc7\x01\n\x06Vision\x12P\n\x05\x45mbed\x12\".basalt.rpc.vision.v1.EmbedRequest\x1a#.basalt.rpc.vision.v1.EmbedResponse\x12k\n\x0eListAssistants\x12+.basalt.rpc.vision.v1.ListAssistantsRequest\x1a,.basalt.rpc.vision.v1.ListAssistantsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!basalt/rpc/vision/v1/vision.proto\x12\x14\x62\x61salt.rpc.vision.v1\"m\n\x0c\x45mbedRequest\x12\x11\n\tassistant\x18\x01 \x01(\t\x12\x15\n\x0bimage_bytes\x18\x02 \x01(\x0cH\x00\x12\x14\n\nobject_key\x18\x03 \x01(\tH\x00\x12\x14\n\x0c\x62y_reference\x18\x04 \x01(\x08\x42\x07\n\x05image\"\x91\x01\n\rEmbedResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\r\n\x05shape\x18\x02 \x03(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64igest\x18\x04 \x01(\t\x12\x10\n\x08image_id\x18\x05 \x01(\t\x12,\n\x06\x63\x61\x63hed\x18\x07 \x01(\x0e\x32\x1c.basalt.rpc.vision.v1.CachedJ\x04\x08\x06\x10\x07\"\x17\n\x15ListAssistantsRequest\"Q\n\x16ListAssistantsResponse\x12\x37\n\nassistants\x18\x01 \x03(\x0b\x32#.basalt.rpc.vision.v1.AssistantInfo\"N\n\rAssistantInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x0e\n\x06lm_dim\x18\x04 \x01(\r*`\n\x06\x43\x61\x63hed\x12\x16\n\x12\x43\x41\x43HED_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x43\x41\x43HED_NOTHING\x10\x01\x12\x13\n\x0f\x43\x41\x43HED_FEATURES\x10\x02\x12\x15\n\x11\x43\x41\x43HED_EMBEDDINGS\x10\x03\x32\xc7\x01\n\x06Vision\x12P\n\x05\x45mbed\x12\".basalt.rpc.vision.v1.EmbedRequest\x1a#.basalt.rpc.vision.v1.EmbedResponse\x12k\n\x0eListAssistants\x12+.basalt.rpc.vision.v1.ListAssistantsRequest\x1a,.basalt.rpc.vision.v1.ListAssistantsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'basalt.rpc.vision.v1.vision_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_CACHED']._serialized_start=506
+  _globals['_CACHED']._serialized_end=602
   _globals['_EMBEDREQUEST']._serialized_start=59
-  _globals['_EMBEDREQUEST']._serialized_end=146
-  _globals['_EMBEDRESPONSE']._serialized_start=148
-  _globals['_EMBEDRESPONSE']._serialized_end=260
-  _globals['_LISTASSISTANTSREQUEST']._serialized_start=262
-  _globals['_LISTASSISTANTSREQUEST']._serialized_end=285
-  _globals['_LISTASSISTANTSRESPONSE']._serialized_start=287
-  _globals['_LISTASSISTANTSRESPONSE']._serialized_end=368
-  _globals['_ASSISTANTINFO']._serialized_start=370
-  _globals['_ASSISTANTINFO']._serialized_end=448
-  _globals['_VISION']._serialized_start=451
-  _globals['_VISION']._serialized_end=650
+  _globals['_EMBEDREQUEST']._serialized_end=168
+  _globals['_EMBEDRESPONSE']._serialized_start=171
+  _globals['_EMBEDRESPONSE']._serialized_end=316
+  _globals['_LISTASSISTANTSREQUEST']._serialized_start=318
+  _globals['_LISTASSISTANTSREQUEST']._serialized_end=341
+  _globals['_LISTASSISTANTSRESPONSE']._serialized_start=343
+  _globals['_LISTASSISTANTSRESPONSE']._serialized_end=424
+  _globals['_ASSISTANTINFO']._serialized_start=426
+  _globals['_ASSISTANTINFO']._serialized_end=504
+  _globals['_VISION']._serialized_start=605
+  _globals['_VISION']._serialized_end=804
 # @@protoc_insertion_point(module_scope)

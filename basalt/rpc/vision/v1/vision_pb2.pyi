@@ -1,4 +1,5 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -6,31 +7,44 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Cached(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CACHED_UNSPECIFIED: _ClassVar[Cached]
+    CACHED_NOTHING: _ClassVar[Cached]
+    CACHED_FEATURES: _ClassVar[Cached]
+    CACHED_EMBEDDINGS: _ClassVar[Cached]
+CACHED_UNSPECIFIED: Cached
+CACHED_NOTHING: Cached
+CACHED_FEATURES: Cached
+CACHED_EMBEDDINGS: Cached
+
 class EmbedRequest(_message.Message):
-    __slots__ = ("assistant", "image_bytes", "object_key")
+    __slots__ = ("assistant", "image_bytes", "object_key", "by_reference")
     ASSISTANT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     OBJECT_KEY_FIELD_NUMBER: _ClassVar[int]
+    BY_REFERENCE_FIELD_NUMBER: _ClassVar[int]
     assistant: str
     image_bytes: bytes
     object_key: str
-    def __init__(self, assistant: _Optional[str] = ..., image_bytes: _Optional[bytes] = ..., object_key: _Optional[str] = ...) -> None: ...
+    by_reference: bool
+    def __init__(self, assistant: _Optional[str] = ..., image_bytes: _Optional[bytes] = ..., object_key: _Optional[str] = ..., by_reference: _Optional[bool] = ...) -> None: ...
 
 class EmbedResponse(_message.Message):
-    __slots__ = ("data", "shape", "dtype", "digest", "image_id", "cache_hit")
+    __slots__ = ("data", "shape", "dtype", "digest", "image_id", "cached")
     DATA_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     IMAGE_ID_FIELD_NUMBER: _ClassVar[int]
-    CACHE_HIT_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     shape: _containers.RepeatedScalarFieldContainer[int]
     dtype: str
     digest: str
     image_id: str
-    cache_hit: bool
-    def __init__(self, data: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., digest: _Optional[str] = ..., image_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ...) -> None: ...
+    cached: Cached
+    def __init__(self, data: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., dtype: _Optional[str] = ..., digest: _Optional[str] = ..., image_id: _Optional[str] = ..., cached: _Optional[_Union[Cached, str]] = ...) -> None: ...
 
 class ListAssistantsRequest(_message.Message):
     __slots__ = ()

@@ -54,13 +54,14 @@ class VisionServicer:
         INVALID_ARGUMENT   not a decodable image, or beyond the size or pixel limit
         NOT_FOUND          unknown assistant, or no object under object_key
         RESOURCE_EXHAUSTED the queue is full: try again later
+        UNAVAILABLE        an assistant or an image cannot be read from the object store
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAssistants(self, request, context):
-        """The assistants this replica can project for.
+        """The assistants of this replica's own directory. It can project for every version in the registry besides.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

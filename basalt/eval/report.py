@@ -1,0 +1,472 @@
+"""Writes the evaluation report from stored results: nothing in it is typed by hand but what was published elsewhere.
+
+Published figures are in `published.json`, each with its protocol and source. Where per-sample answers of another model
+are at hand they are a result like any other (`basalt eval score --out`), and are compared in pairs.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from basalt.data.readers import DataError
+from basalt.eval.benchmark import OFFICIAL, STRICT, Scored, by_group
+from basalt.eval.charts import draw_groups
+from basalt.eval.conformance import GOLDEN, MODEL, read_record
+from basalt.eval.results import StoredResult, compare_results, load_result
+from basalt.eval.uncertainty import Comparison, Interval, holm
+
+PUBLISHED = Path(__file__).with_name("published.json")
+MAX_GROUPS = 40  # in a chart
+RUN_REPORT = "report.md"  # in a run's own directory
+
+
+@dataclass(frozen=True)
+class Column:
+    """A benchmark in the report.
+
+    Attributes:
+        ask: what `basalt eval run` is given to run it, the files as they are published.
+        sizes: of the published split, in samples. Data of another size is somebody's own, in the benchmark's form: it
+            is never put beside published scores.
+        subset: kind and group of the samples that its headline score is over, if not of all.
+    """
+
+    title: str
+    metric: str
+    ask: str = ""
+    sizes: tuple[int, ...] = ()
+    subset: tuple[str, str] | None = None
+    charts: tuple[str, ...] = ()
+
+    def counted(self, scored: Sequence[Scored]) -> list[Scored]:
+        """The samples of the headline score."""
+        return list(scored) if self.subset is None else by_group(scored, self.subset[0]).get(self.subset[1], [])
+
+
+COLUMNS = {
+    "mmmu": Column("MMMU (val)", "accuracy", "--data validation.parquet", (900,), charts=("discipline", "subject")),
+    "mm-vet": Column(
+        "MM-Vet", "score", "--data mm-vet.json --images images --judge JUDGE --calibration judge.json",
+        (218,), charts=("capability",),
+    ),
+    "scienceqa": Column(
+        "ScienceQA (IMG)", "accuracy", "--data ScienceQA/data --images ScienceQA/images/test",
+        (4241,), ("context", "image"), charts=("subject", "grade"),
+    ),
+    "textvqa": Column("TextVQA", "accuracy", "--data textvqa-validation.parquet", (5000,)),
+    "pope": Column("POPE", "F1", "--data coco_pope --images val2014", (8910, 9000), charts=("category",)),
+}  # fmt: skip
+OWN = {"captions": Column("Captions", "CIDEr-D × 100"), "vqa": Column("Own questions", "soft accuracy")}
+NOTES = {
+    "captions": "CIDEr-D weighs words by how rare they are in the whole set: scores of other photos do not compare."
+}
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A result compared with another, sample by sample; `p` is Holm's over all comparisons of the report."""
+
+    first: StoredResult
+    second: StoredResult
+    comparison: Comparison
+    p: float
+
+
+def write_report(
+    results: Sequence[StoredResult],
+    out: Path,
+    *,
+    against: Sequence[StoredResult] = (),
+    quality: Path | None = None,
+    recipes: Path = Path("recipes"),
+    charts: Path = Path("docs/images/eval"),
+) -> None:
+    """Writes the report, and its charts to the folder `charts` beside it.
+
+    Args:
+        against: results to compare `results` with, where benchmark and data are the same.
+        quality: captions and drawn scenes, as in `benchmarks/quality-basalt-tiny.json`.
+        recipes: the folder of training recipes: of what is not trained yet, their commands.
+
+    Raises:
+        DataError: two results are of the same benchmark and model.
+    """
+    every = [*against, *results]
+    kinds = Counter((one.benchmark, one.name, one.manifest["data"]) for one in every)
+    if twice := [key for key, count in kinds.items() if count > 1]:
+        raise DataError(f"two results of {twice[0][0]} and {twice[0][1]}: give one")
+    pictures = out.parent / charts
+    known = _quality(quality)
+    parts = [
+        _head(every),
+        _table(every, known, recipes),
+        *(_section(title, of, pictures, out.parent) for title, of in _sections(every).items()),
+        _comparisons(_pairs(results, against)),
+        _quality_section(known),
+        _not_run(results, known, recipes),
+        _provenance(every),
+    ]
+    out.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def write_run_report(directory: Path) -> list[str]:
+    """Writes one run's report into its directory, charts beside it; returns the names of these files."""
+    write_report([load_result(directory)], directory / RUN_REPORT, recipes=directory / "no recipes", charts=Path())
+    return [RUN_REPORT, *sorted(path.name for path in directory.glob("*.png"))]
+
+
+def _head(results: Sequence[StoredResult]) -> str:
+    return (
+        "# Evaluation report\n\n"
+        "Generated by `basalt eval report` from stored results; `docs/evaluation.md` says how they come about. "
+        "Scores are in percent. In brackets are 95 % bootstrap intervals of the metric itself, pictures drawn with "
+        "all their questions. **Official** scores are by the benchmark's own rules, quirks included, and compare with "
+        "papers; **strict** ones count an answer only where it says one thing.\n\n" + _badge()
+    )
+
+
+def _badge() -> str:
+    records = {name: read_record(name) for name in GOLDEN}
+    lines = [f"> **Conformance.** Our scorers on {MODEL}'s own published answers, against the published scores:"]
+    for name, record in records.items():
+        title = COLUMNS[name].title
+        if record is None:
+            lines.append(f"> - {title}: not checked for this code (`basalt eval conformance --data DATA`)")
+            continue
+        figures = ", ".join(
+            f"{_plain(figure)} {found}"
+            + ("" if found == record.expected[figure] else f" (not {record.expected[figure]})")
+            for figure, found in record.found.items()
+        )
+        lines.append(
+            f"> - {title}: **{'exact' if record.exact else 'NOT met'}** on {record.samples:,} samples: {figures}"
+        )
+    return "\n".join(lines)
+
+
+def _plain(figure: str) -> str:
+    """`category/random/f1` as `random f1`."""
+    return " ".join(figure.split("/")[-2:])
+
+
+def _table(results: Sequence[StoredResult], quality: dict[str, Any], recipes: Path) -> str:
+    published = json.loads(PUBLISHED.read_text())
+    notes: list[str] = []
+
+    def note(text: str) -> str:
+        if text not in notes:
+            notes.append(text)
+        return f"<sup>{notes.index(text) + 1}</sup>"
+
+    rows = []
+    for model in published["models"]:
+        cells = []
+        for name in COLUMNS:
+            figure = model["figures"].get(name)
+            told = figure and note(f"{figure['protocol']}. Source: {published['sources'][figure['source']]}.")
+            cells.append(f"{figure['value']:.1f}{told}" if figure else "")
+        rows.append([f"{model['name']}, published only: unpaired", *cells])
+    for who in dict.fromkeys(result.name for result in results):
+        by = {result.benchmark: result for result in results if result.name == who and _is_published(result)}
+        kept = any("predictions" in result.manifest for result in results if result.name == who)
+        title = f"{who}, its stored answers scored here" if kept else f"**{who}**"
+        rows.append([title, *(_headline(by[name]) if name in by else "not run" for name in COLUMNS)])
+    tested = {_model(result) for result in results}
+    if quality and quality["model"] not in tested:
+        rows.append([f"**{quality['model']}**", *["not run"] * len(COLUMNS)])
+    rows += [[name, *["not trained yet"] * len(COLUMNS)] for name in _untrained(results, quality, recipes)]
+    header = ["", *(f"{column.title}, {column.metric}" for column in COLUMNS.values())]
+    text = f"## Against LLaVA-1.5\n\n{_markdown(header, rows)}\n\n" + "\n".join(
+        f"{number}. {told}" for number, told in enumerate(notes, 1)
+    )
+    if unpaired := list(_unpaired(results, published)):
+        text += (
+            "\n\nAgainst figures of which only the score is published no paired test is possible; what can be said is "
+            "whether they lie in our interval:\n\n"
+            + _markdown(["", "benchmark", "ours", "published", "unpaired"], unpaired)
+        )
+    return text
+
+
+def _headline(result: StoredResult) -> str:
+    """A cell: the official score with its interval, or why there is none."""
+    if not result.scored:
+        return result.scores["status"]
+    counted = COLUMNS[result.benchmark].counted(result.scored)
+    if not counted:
+        return "no such samples"
+    limited = "" if result.run.get("limit") is None else f", {len(counted):,} samples"
+    return _shown(result.interval(result.ways[0], counted)) + limited
+
+
+def _unpaired(results: Sequence[StoredResult], published: dict[str, Any]) -> Iterator[list[str]]:
+    for model in published["models"]:
+        for result in results:
+            figure = model["figures"].get(result.benchmark)
+            if not figure or not result.scored or result.blind or not _is_published(result):
+                continue
+            if result.manifest["model"]["model"] == model["name"]:
+                continue
+            if counted := COLUMNS[result.benchmark].counted(result.scored):
+                ours = result.interval(result.ways[0], counted)
+                side = (
+                    "above"
+                    if ours.low > figure["value"]
+                    else "below"
+                    if ours.high < figure["value"]
+                    else "no difference seen"
+                )
+                told = [result.name, COLUMNS[result.benchmark].title, _shown(ours)]
+                yield [*told, f"{model['name']} {figure['value']:.1f}", side]
+
+
+def _is_published(result: StoredResult) -> bool:
+    """Whether it is over the published split of a benchmark, all or a part, and not over other data in its form."""
+    return result.benchmark in COLUMNS and result.whole in COLUMNS[result.benchmark].sizes
+
+
+def _title(result: StoredResult) -> str:
+    if result.benchmark not in COLUMNS:
+        return OWN[result.benchmark].title
+    title = COLUMNS[result.benchmark].title
+    return title if _is_published(result) else f"Own data in the form of {title}"
+
+
+def _sections(results: Sequence[StoredResult]) -> dict[str, list[StoredResult]]:
+    """By title: first the published benchmarks, then own data, each in the benchmarks' order."""
+    order = [*COLUMNS, *OWN]
+    found: dict[str, list[StoredResult]] = {}
+    for result in sorted(results, key=lambda one: (not _is_published(one), order.index(one.benchmark))):
+        found.setdefault(_title(result), []).append(result)
+    return found
+
+
+def _section(title: str, of: Sequence[StoredResult], charts: Path, home: Path) -> str:
+    """One benchmark: ways of scoring, what the parsers did, and scores by group."""
+    name = of[0].benchmark
+    column = COLUMNS.get(name) or OWN[name]
+    prefix = name if _is_published(of[0]) or name in OWN else f"{name}-own"
+    parts = [f"## {title}"]
+    if scored := [result for result in of if result.scored]:
+        parts += [_ways(scored, column), _figures(scored), NOTES.get(name, ""), _judges(scored), _differences(scored)]
+    parts += [
+        f"**{result.name}**: {result.scores['status']}. {result.scores['why']}".rstrip()
+        for result in of
+        if not result.scored
+    ]
+    for kind in column.charts:
+        groups = sorted({group for result in scored for group in by_group(result.scored, kind)})
+        if 1 < len(groups) <= MAX_GROUPS:
+            path = charts / f"{prefix}-{kind}.png"
+            found = {
+                result.name: {
+                    group: result.interval(result.ways[0], members)
+                    for group, members in by_group(result.scored, kind).items()
+                }
+                for result in scored
+            }
+            draw_groups(path, f"{title} by {kind}", groups, found, f"{column.metric}, %, official")
+            parts.append(f"![{title} by {kind}]({path.relative_to(home).as_posix()})")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _ways(results: Sequence[StoredResult], column: Column) -> str:
+    rows = []
+    for result in results:
+        for way in result.ways:
+            kinds = Counter(one.verdicts[way].rule.kind for one in result.scored)
+            missing = sum(one.verdicts[way].rule.name == "missing" for one in result.scored)
+            shares = [kinds["fallback"], kinds["failure"] - missing, kinds["refusal"], missing]
+            rows.append(
+                [
+                    result.name,
+                    way,
+                    f"{len(result.scored):,}",
+                    _shown(result.interval(way)),
+                    *(_share(count, len(result.scored)) for count in shares),
+                ]
+            )
+    header = ["", "scoring", "samples", f"{column.metric} of all", "fallbacks", "not read", "refusals", "not answered"]
+    return _markdown(header, rows)
+
+
+def _figures(results: Sequence[StoredResult]) -> str:
+    """What else is measured, where a benchmark has more than one figure."""
+    figures = {(result.name, way): result.scores["scores"][way] for result in results for way in result.ways}
+    names = list(next(iter(figures.values())))[1:]
+    rows = [[who, way, *(f"{found[name]:.1f}" for name in names)] for (who, way), found in figures.items()]
+    return _markdown(["", "scoring", *(name.replace("_", " ") for name in names)], rows) if names else ""
+
+
+def _share(count: int, of: int) -> str:
+    if not count:
+        return "–"
+    return f"{count / of:.1%}" if count / of >= 0.0005 else "< 0.1%"
+
+
+def _judges(results: Sequence[StoredResult]) -> str:
+    """Who graded, and how the judge agrees with GPT-4's stored grades."""
+    told = []
+    for result in results:
+        judge, calibration = result.manifest.get("judge"), result.manifest.get("calibration")
+        if judge == "stored grades":
+            told.append(f"{result.name}: stored grades of GPT-4.")
+        elif judge:
+            how = ""
+            if calibration:
+                found = calibration["agreement"]
+                how = (
+                    f"; on {found['samples']} answers that GPT-4 graded: kappa {found['kappa']:.2f}, "
+                    f"mean {found['bias']:+.3f}, mean absolute difference {found['error']:.3f}"
+                )
+            told.append(f"{result.name}: judged by {judge['model']}, {judge['runs']} run(s) an answer{how}.")
+    return "\n".join(f"- {line}" for line in told)
+
+
+def _differences(results: Sequence[StoredResult]) -> str:
+    rows = [
+        [result.name, official, strict, f"{count:,}"]
+        for result in results
+        if {OFFICIAL, STRICT} <= set(result.ways)
+        for (official, strict), count in Counter(one.difference for one in result.scored if one.difference).most_common(
+            5
+        )
+    ]
+    if not rows:
+        return ""
+    header = ["", "official rule", "strict rule", "samples"]
+    return "Where official and strict scores differ, by the rules that decided:\n\n" + _markdown(header, rows)
+
+
+def _pairs(results: Sequence[StoredResult], against: Sequence[StoredResult]) -> list[Paired]:
+    """Each result with those to compare it with, and each sighted run with its model's blind one."""
+    pairs = [
+        (other, result)
+        for result in results
+        for other in (*against, *results)
+        if other is not result
+        and result.scored
+        and other.scored
+        and (other.benchmark, other.manifest["data"]) == (result.benchmark, result.manifest["data"])
+        and ((other in against and not result.blind) or _blind_of(other, result))
+    ]
+    compared = [compare_results(first, second, second.ways[0]) for first, second in pairs]
+    ps = holm([one.p for one in compared])
+    return [Paired(*pair, one, p) for pair, one, p in zip(pairs, compared, ps, strict=True)]
+
+
+def _blind_of(blind: StoredResult, result: StoredResult) -> bool:
+    return blind.blind and not result.blind and blind.manifest["model"] == result.manifest["model"]
+
+
+def _comparisons(pairs: Sequence[Paired]) -> str:
+    if not pairs:
+        return ""
+    rows = [
+        [
+            _title(pair.second),
+            pair.second.name,
+            pair.first.name,
+            _shown(pair.comparison.difference, signed=True),
+            pair.comparison.test,
+            f"{pair.p:.2g}",
+            "yes" if pair.p < 0.05 else "no",
+        ]
+        for pair in pairs
+    ]
+    header = ["", "", "against", "difference in points", "test", "p (Holm)", "significant at 5 %"]
+    return (
+        "## Paired comparisons\n\nThe same samples answered by both, over all samples of each benchmark.\n\n"
+        + _markdown(header, rows)
+    )
+
+
+def _quality(path: Path | None) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+
+
+def _quality_section(quality: dict[str, Any]) -> str:
+    if not quality:
+        return ""
+    rows = []
+    for one in quality["figures"]:
+        value = one["value"] if isinstance(one["value"], str) else f"{one['value']:.{3 if 'count' not in one else 2}f}"
+        if "count" in one:
+            value += f" [{one['low']:.2f}, {one['high']:.2f}] of {one['count']}"
+        rows.append([one["data"], one["figure"], value, one.get("wanted", "")])
+    table = _markdown(["data", "figure", "value", "wanted"], rows)
+    notes = "\n".join(f"- {note}" for note in quality["notes"])
+    return f"## Captions and drawn scenes: {quality['model']}\n\n{quality['measured']}\n\n{table}\n\n{notes}"
+
+
+def _not_run(results: Sequence[StoredResult], quality: dict[str, Any], recipes: Path) -> str:
+    models = sorted({_model(result) for result in results})
+    ran = {
+        (_model(result), result.benchmark)
+        for result in results
+        if not result.blind and _is_published(result) and result.run["limit"] is None
+    }
+    ours = dict.fromkeys(models + ([quality["model"]] if quality else []))
+    rows = [
+        [model, column.title, f"`basalt eval run {name} {column.ask} --model {model}`"]
+        for model in ours
+        for name, column in COLUMNS.items()
+        if (model, name) not in ran
+    ]
+    text = "## What was not run in full\n\n" + _markdown(["", "", "the command that runs it"], rows) if rows else ""
+    untrained = _untrained(results, quality, recipes)
+    if untrained:
+        commands = "\n".join(command for name in untrained for command in untrained[name])
+        text += f"\n\nNot trained yet: {', '.join(untrained)}. Two commands each:\n\n```bash\n{commands}\n```"
+    return text.strip()
+
+
+def _untrained(results: Sequence[StoredResult], quality: dict[str, Any], recipes: Path) -> dict[str, list[str]]:
+    """Assistants that have a recipe and no result, with the commands in the first lines of their recipes."""
+    trained = {_model(result) for result in results} | {quality.get("model")}
+    return {
+        folder.name: [_first_line(folder / f"stage{stage}.yaml") for stage in (1, 2)]
+        for folder in sorted(recipes.glob("*/"))
+        if folder.name not in trained and (folder / "stage2.yaml").exists()
+    }
+
+
+def _first_line(path: Path) -> str:
+    return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
+
+
+def _provenance(results: Sequence[StoredResult]) -> str:
+    rows = [
+        [
+            result.name,
+            result.benchmark,
+            *(f"`{value.removeprefix('sha256:')[:16]}`" for value in (result.manifest["hash"], result.scores["hash"])),
+        ]
+        for result in results
+    ]
+    every = hashlib.sha256(json.dumps(sorted(result.scores["hash"] for result in results)).encode()).hexdigest()
+    text = (
+        "## What this depends on\n\nA manifest's hash is over data, prompts, requests with their pictures, decoding, "
+        "parser, judge and model; a result's over that, the answers and the scores."
+    )
+    table = f"\n\n{_markdown(['', 'benchmark', 'manifest', 'result'], rows)}" if rows else ""
+    return f"{text}{table}\n\nOf all results together: `{every[:16]}`."
+
+
+def _model(result: StoredResult) -> str:
+    """Without its version."""
+    return result.manifest["model"]["model"].split("@")[0]
+
+
+def _shown(found: Interval, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{found.value:{sign}.1f} [{found.low:{sign}.1f}, {found.high:{sign}.1f}]"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
