@@ -33,6 +33,8 @@ def packages(variant: str, *extras: str) -> None:
     elif heavy:
         index = ["--extra-index-url", CPU_INDEX] if CPU_INDEX else []
         pip(*(["--no-deps", *index] if variant == "cpu" else []), TORCH)
+        if variant == "cpu" and not list(PACKAGES.glob("lib/python*/site-packages/torch-*+cpu.dist-info")):
+            sys.exit("this torch is the GPU's build: set TORCH_CPU_INDEX to an index that has the CPU's")
     # Byte code is a quarter of a light image's size and saves it less than a second at its start.
     pip("--no-deps", *([] if heavy else ["--no-compile"]), *sorted(wanted))
     if "llm" in extras and not over_vllm:
