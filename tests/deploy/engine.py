@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +59,8 @@ class Containers:
         variables = {f"BASALT_{service}_PORT": str(port) for service, port in ports.items()}
         return cls(name, base_images() | variables)
 
-    def compose(self, *arguments: str, seconds: float = 600, check: bool = True) -> str:
-        command = [*(compose_command() or []), "-p", self.name, *(part for file in FILES for part in ("-f", file))]
+    def compose(self, *arguments: str, files: Sequence[str] = FILES, seconds: float = 600, check: bool = True) -> str:
+        command = [*(compose_command() or []), "-p", self.name, *(part for file in files for part in ("-f", file))]
         done = subprocess.run(
             [*command, *arguments],
             cwd=ROOT,

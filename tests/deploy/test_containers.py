@@ -1,21 +1,23 @@
 """As an operator would: everything in containers, asked, trained, killed, restarted."""
 
-import io
 import json
 import os
 import shutil
 import subprocess
-import tarfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
-from tests.deploy.engine import ROOT, Containers, missing, wait
+from tests.deploy.engine import FILES, ROOT, Containers, missing, wait
 from tests.stack.browser import CHROMIUM, ask, attach, chat_page
+from tests.stack.test_evals import tar
 from tests.stack.test_stack import data_url, picture, question, shape, sign
 
 reason = missing()
@@ -57,22 +59,16 @@ def trainer(basalt: Containers) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{basalt.url('trainer')}/v1", api_key=key, max_retries=3, timeout=120)
 
 
-def answer(basalt: Containers, colour: str = "red") -> str:
+def answer(basalt: Containers, colour: str = "red", model: str = MODEL) -> str:
     messages = [question(picture(data_url(shape(colour))), "Describe the image.")]
-    reply = basalt.ask().chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=24)  # type: ignore[arg-type]
+    reply = basalt.ask().chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=24)  # type: ignore[arg-type]
     return reply.choices[0].message.content or ""
 
 
 def submit(client: openai.OpenAI, *, steps: int) -> str:
     """A training job on six drawn pictures."""
     colours = ["red", "green", "blue", "orange", "purple", "black"]
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as tar:
-        for colour in colours:
-            data = shape(colour)
-            info = tarfile.TarInfo(f"{colour}.png")
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    archive = tar({f"{colour}.png": shape(colour) for colour in colours})
     rows = [
         {
             "id": colour,
@@ -85,7 +81,7 @@ def submit(client: openai.OpenAI, *, steps: int) -> str:
         for colour in colours
     ]
     training = client.files.create(file=("rows.json", json.dumps(rows).encode()), purpose="fine-tune").id
-    images = client.files.create(file=("images.tar", archive.getvalue()), purpose="fine-tune").id
+    images = client.files.create(file=("images.tar", archive), purpose="fine-tune").id
     wishes = {"hyperparameters": {"steps": steps, "checkpoint_every": 5}}
     body = {
         "model": MODEL,
@@ -135,9 +131,25 @@ def test_a_job_survives_its_worker_and_its_version_is_stored(basalt: Containers,
     told = [event.message for event in trainer.fine_tuning.jobs.list_events(job, limit=100).data]
     assert sum(message.startswith("Training on") for message in told) == 2, told  # and went on where it was
     assert sum("stage1: step 5 " in message for message in told) == 1, told
-    name, _, version = (done.fine_tuned_model or "").partition("@")
-    pull = ["run", "--rm", "--no-deps", "-T", "--volume", "/tmp", "vision", "python", "-m", "basalt.cli"]
-    basalt.compose(*pull, "models", "pull", f"{name}@{version}", "--models", "/tmp/models")
+    assert done.fine_tuned_model
+    assert answer(basalt, model=done.fine_tuned_model)  # it is served at once, beside the one it was made from
+    assert "circle" in answer(basalt).lower()
+
+
+def test_an_evaluation(basalt: Containers, trainer: openai.OpenAI) -> None:
+    rows = [{"id": "shape", "image": "red.png", "question": "What colour is the shape?", "answers": ["red"]}]
+    data = trainer.files.create(file=("questions.json", json.dumps(rows).encode()), purpose="evals")
+    images = trainer.files.create(file=("images.tar", tar({"red.png": shape("red")})), purpose="evals")
+    source = {"type": "benchmark", "benchmark": "vqa", "data": data.id, "images": images.id}
+    request = {"data_source_config": source, "run": {"data_source": {"type": "completions", "model": MODEL}}}
+    headers = {"Authorization": f"Bearer {trainer.api_key}"}
+    with httpx.Client(base_url=basalt.url("evaluator"), headers=headers, trust_env=False, timeout=60) as evaluator:
+        made = evaluator.post("/v1/evals", json=request).raise_for_status().json()
+        run = f"/v1/evals/{made['id']}/runs/{made['run']['id']}"
+        wait(lambda: evaluator.get(run).json()["status"] in ("completed", "failed"), 300, "the evaluation's end")
+        told = evaluator.get(run).json()
+        assert told["status"] == "completed" and told["result_counts"]["errored"] == 0, told
+        assert "vqa" in evaluator.get(f"{run}/files/EVAL_REPORT.md").text.lower()
 
 
 @pytest.mark.parametrize("service", LONG_RUNNING)
@@ -148,6 +160,21 @@ def test_each_comes_back(basalt: Containers, service: str) -> None:
     wait(lambda: basalt.healthy(service), 600, f"{service} is healthy")
     wait(basalt.ready, 300, "the gateway is ready")
     assert "circle" in answer(basalt, "green").lower()
+
+
+@pytest.mark.skipif("BASALT_TEST_RESTART_ENGINE" not in os.environ, reason="it names the command that does so")
+def test_all_come_back_with_the_engine(basalt: Containers, trainer: openai.OpenAI) -> None:
+    job = submit(trainer, steps=40)
+    wait(lambda: trainer.fine_tuning.jobs.checkpoints.list(job).data, 900, "a checkpoint")
+    subprocess.run(os.environ["BASALT_TEST_RESTART_ENGINE"], shell=True, check=True, timeout=300)
+    wait(basalt.ready, 600, "the gateway is ready")
+    for service in LONG_RUNNING:
+        wait(partial(basalt.healthy, service), 300, f"{service} is healthy")
+    assert "circle" in answer(basalt, "green").lower()
+    wait(lambda: trainer.fine_tuning.jobs.retrieve(job).status in ("succeeded", "failed"), 1800, "the job's end")
+    told = [event.message for event in trainer.fine_tuning.jobs.list_events(job, limit=100).data]
+    assert trainer.fine_tuning.jobs.retrieve(job).status == "succeeded", told
+    assert sum("stage1: step 5 " in message for message in told) == 1, told  # it went on where it was
 
 
 def test_a_stopped_gateway_finishes_what_it_began(basalt: Containers) -> None:
@@ -165,13 +192,14 @@ def test_a_stopped_gateway_finishes_what_it_began(basalt: Containers) -> None:
     basalt.compose("up", "-d", "--wait", "gateway")
 
 
-def test_a_rolling_restart_of_vision_fails_no_request(basalt: Containers) -> None:
-    basalt.compose("up", "-d", "--wait", "--no-recreate", "--scale", "vision=2", "vision")
+@contextmanager
+def load(basalt: Containers) -> Iterator[None]:
+    """Two clients without pause; none of their requests may fail."""
     failures: list[str] = []
     answered = 0
     over = threading.Event()
 
-    def load() -> None:
+    def ask() -> None:
         nonlocal answered
         while not over.is_set():
             try:
@@ -180,21 +208,32 @@ def test_a_rolling_restart_of_vision_fails_no_request(basalt: Containers) -> Non
             except openai.OpenAIError as error:
                 failures.append(str(error))
 
-    threads = [threading.Thread(target=load) for _ in range(2)]
+    threads = [threading.Thread(target=ask) for _ in range(2)]
     for thread in threads:
         thread.start()
     try:
-        for container in basalt.compose("ps", "-q", "vision").split():
-            time.sleep(10)
-            subprocess.run(["docker", "restart", "-t", "30", container], check=True, capture_output=True)
-            health = ["docker", "inspect", "-f", "{{.State.Health.Status}}", container]
-            wait(lambda: subprocess.run(health, capture_output=True).stdout.strip() == b"healthy", 300, "healthy")  # noqa: B023
-        time.sleep(10)
+        yield
     finally:
         over.set()
         for thread in threads:
             thread.join()
     assert not failures and answered > 10
+
+
+def test_a_rolling_restart_fails_no_request(basalt: Containers) -> None:
+    replicas = (*FILES, "deploy/compose/replicas.yml")
+    basalt.compose("up", "-d", "--wait", files=replicas)
+    wait(basalt.ready, 300, "the gateway is ready")
+    with load(basalt):
+        for service in ("vision", "gateway"):
+            for container in basalt.compose("ps", "-q", service).split():
+                time.sleep(10)
+                subprocess.run(["docker", "restart", "-t", "30", container], check=True, capture_output=True)
+                health = ["docker", "inspect", "-f", "{{.State.Health.Status}}", container]
+                wait(lambda: subprocess.run(health, capture_output=True).stdout.strip() == b"healthy", 300, "healthy")  # noqa: B023
+        time.sleep(10)
+    basalt.compose("rm", "--stop", "--force", "balancer", files=replicas)
+    basalt.compose("up", "-d", "--wait")
 
 
 def test_a_full_volume_is_told_at_the_start(basalt: Containers) -> None:
@@ -215,7 +254,7 @@ def test_secrets_are_asked_for_beyond_loopback() -> None:
 
 
 def test_compose_is_valid() -> None:
-    for override in ("gpu", "apis"):
+    for override in ("gpu", "apis", "replicas"):
         files = ["-f", "docker-compose.yml", "-f", f"deploy/compose/{override}.yml", "--profile", "observability"]
         assert shutil.which("docker")
         Containers("basalt-check", {}).compose(*files, "config", "-q")

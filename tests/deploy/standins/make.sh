@@ -15,7 +15,7 @@ if ! docker image inspect standin/python >/dev/null 2>&1; then
     tar -C "$root" -c . | docker import - standin/python >&2
     rm -rf "$root"
 fi
-for name in redis postgres minio prometheus; do
+for name in redis postgres minio prometheus haproxy; do
     docker build -q -t "standin/$name" "$name" >&2
 done
 # torch's CPU build as this machine's pip finds it, on an index that containers reach while they are built.
@@ -30,6 +30,7 @@ REDIS_IMAGE=standin/redis
 POSTGRES_IMAGE=standin/postgres
 MINIO_IMAGE=standin/minio
 PROMETHEUS_IMAGE=standin/prometheus
+HAPROXY_IMAGE=standin/haproxy
 BASALT_S3_ACCESS_KEY=basalt:basalt
 TORCH_CPU_INDEX=http://$bridge:$port/
 ENV
