@@ -117,9 +117,15 @@ def load_assistant(directory: Path) -> Assistant:
     try:
         raw = path.read_bytes()
         manifest = Manifest.model_validate(json.loads(raw))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"]))
+        raise AssistantError(
+            f"{path} is of another version of Basalt, or damaged: {field}: {problem['msg']}; publish the assistant anew"
+        ) from error
     except FileNotFoundError:
         raise AssistantError(f"{directory} holds no {MANIFEST}: point at an assistant's directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AssistantError(f"{path} is not a valid manifest: {error}") from error
     assistant = Assistant(directory, manifest, sha256(raw))
     for relative, digest in manifest.digests.items():

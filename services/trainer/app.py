@@ -62,6 +62,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="basalt trainer: %(message)s", stream=sys.stderr)
     try:
         settings = Settings()
+        settings.check_store()
         app = create_app(settings)
     except ValidationError as error:
         problem = error.errors()[0]

@@ -25,6 +25,7 @@ class Settings(StoreSettings, RecordSettings):
     data_root: Path | None = None  # whose files jobs may name by path; without it, only uploaded ones
     work: Path = Path("var/jobs")  # where a worker keeps the runs of its jobs
     features: Path = Path("var/features")  # a worker's cache of tower features
+    require_gpu: bool = False  # a worker without one ends at its start instead of training on the CPU
     max_file_bytes: int = Field(default=8 * GIBI, ge=1)
 
     reconcile_seconds: float = Field(default=10, gt=0)  # between looks for jobs that nobody works on

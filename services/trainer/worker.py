@@ -3,8 +3,10 @@
 import logging
 import os
 import socket
+import subprocess
+import sys
 
-from celery.signals import setup_logging
+from celery.signals import celeryd_init, setup_logging
 
 from basalt.record.database import open_database
 from basalt.work.queue import Queue, stopping
@@ -19,6 +21,25 @@ app = queue.app
 @setup_logging.connect
 def _log(**_: object) -> None:
     logging.basicConfig(level=logging.WARNING, format="basalt worker: %(message)s")
+
+
+@celeryd_init.connect
+def _check(**_: object) -> None:
+    """Ends the worker here, with one line, where every job would fail later."""
+    try:
+        settings.check_store()
+        open_database(settings.database)
+        if settings.require_gpu and not sees_gpu():
+            raise ValueError("BASALT_TRAINER_REQUIRE_GPU is set, and torch sees no GPU here")
+    except ValueError as error:
+        print(f"basalt worker: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def sees_gpu() -> bool:
+    """Asked in a process of its own: one that has touched CUDA cannot fork."""
+    asks = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", asks]).returncode == 0
 
 
 @app.task(name=queue.task)

@@ -154,6 +154,8 @@ def load(settings: Settings) -> Embedder:
         StartError: there is none, or something of them is missing or does not fit.
     """
     try:
+        check_device(settings.device)
+        settings.check_store()
         store = settings.open_store()
         catalog = Catalog(settings.models_dir, settings.versions_dir, store)
         if not catalog.local:
@@ -162,9 +164,16 @@ def load(settings: Settings) -> Embedder:
             )
         embedder = Embedder(catalog, store, settings)
         embedder.load()
-    except (AssistantError, ValueError, OSError) as error:
+    except (AssistantError, ValueError, RuntimeError, OSError) as error:
         raise StartError(str(error)) from error
     return embedder
+
+
+def check_device(name: str) -> None:
+    """Raises StartError where torch has no such device."""
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise StartError(f"BASALT_VISION_DEVICE={name}: torch sees {torch.cuda.device_count()} GPUs here")
 
 
 async def serve(settings: Settings) -> None:
