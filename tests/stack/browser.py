@@ -61,6 +61,7 @@ def ask(page: Page, question: str) -> str:
     before = said.count()
     area = page.get_by_test_id("stChatInputTextArea")
     area.fill(question)
+    expect(page.get_by_test_id("stChatInputSubmitButton")).to_be_enabled(timeout=ANSWER_MS)  # all files are there
     area.press("Enter")
     expect(said).to_have_count(before + 2, timeout=ANSWER_MS)
     expect(said.nth(before)).to_contain_text(question)
