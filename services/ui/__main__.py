@@ -11,7 +11,6 @@ def main() -> None:
     settings = Settings()
     page = Path(__file__).with_name("app.py")
     options = [f"--server.address={settings.host}", f"--server.port={settings.port}"]
-    options += ["--browser.gatherUsageStats=false", "--server.headless=true"]  # nothing is told to anybody
     os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(page), *options])
 
 
