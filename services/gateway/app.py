@@ -48,7 +48,14 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app, "gateway")
     app.add_middleware(Telemetry)
 
-    guard = Guard(sessions, "chat", host=settings.host, required=settings.require_key, fresh_seconds=KEY_SECONDS)
+    guard = Guard(
+        sessions,
+        "chat",
+        host=settings.published or settings.host,
+        required=settings.require_key,
+        own_key=settings.service_key.get_secret_value(),
+        fresh_seconds=KEY_SECONDS,
+    )
     Asking = Annotated[Caller, Depends(guard)]
 
     @app.post("/v1/chat/completions")

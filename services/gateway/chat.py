@@ -53,6 +53,7 @@ async def complete(request: Request, caller: Caller, services: Services) -> Resp
     Raises:
         APIError.
     """
+    telemetry.record().caller = caller.id
     await services.limits.ask(caller)
     raw = await _read_body(request, services)
     chat = parse_chat(raw, services.settings.max_images)

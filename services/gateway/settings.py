@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from basalt.data.images import MAX_PIXELS
@@ -22,7 +22,9 @@ class Settings(StoreSettings, RecordSettings):
 
     redis_url: str | None = Field(default=None, validation_alias="BASALT_REDIS_URL")  # for limits that replicas share
 
+    published: str = ""  # the address clients reach this under, where a container engine publishes it; else `host`
     require_key: bool | None = None  # of every request; by default on any address but loopback
+    service_key: SecretStr = SecretStr("")  # that Basalt's own services may use: the chat page, the evaluator
     # For each API key that has no limits of its own; without a number there is none.
     requests_per_minute: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)

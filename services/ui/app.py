@@ -16,7 +16,7 @@ THUMBNAIL = 360  # pixels, the longer side
 DEFAULT_QUESTION = "Describe the image."
 
 settings = Settings()
-gateway = Gateway(settings.gateway_url)
+gateway = Gateway(settings.gateway_url, settings.gateway_key.get_secret_value())
 
 
 def main() -> None:

@@ -23,9 +23,11 @@ class Turn:
 class Gateway:
     """The public API, asked through the OpenAI client."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str = "") -> None:
         self.url = url
-        self._client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT_SECONDS, max_retries=0)
+        self._client = openai.OpenAI(
+            base_url=f"{url}/v1", api_key=key or "none", timeout=TIMEOUT_SECONDS, max_retries=0
+        )
 
     def assistants(self) -> list[str]:
         """Names that can be asked.

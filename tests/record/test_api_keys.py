@@ -1,6 +1,8 @@
 """API keys, from the command line to a request."""
 
+import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi import Depends, FastAPI
@@ -8,7 +10,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from basalt import api_errors
-from basalt.auth import Guard, is_loopback
+from basalt.auth import Caller, Guard, is_loopback
 from basalt.cli import app
 from basalt.record.database import open_database
 
@@ -20,14 +22,14 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return url
 
 
-def service(database: str, scope: str, *, host: str = "0.0.0.0", required: bool = False) -> TestClient:
+def service(database: str, scope: str, **options: Any) -> TestClient:
     guarded = FastAPI()
     api_errors.install(guarded, "test")
-    guard = Guard(open_database(database), scope, host=host, required=required)
+    guard = Guard(open_database(database), scope, **{"host": "0.0.0.0"} | options)
 
     @guarded.get("/")
-    async def root(key: str = Depends(guard)) -> dict[str, str]:
-        return {"key": key}
+    async def root(caller: Caller = Depends(guard)) -> dict[str, str]:
+        return {"key": caller.id}
 
     return TestClient(guarded)
 
@@ -69,6 +71,37 @@ def test_without_a_key_only_loopback_answers(database: str, headers: dict[str, s
     assert service(database, "chat").get("/", headers=headers).status_code == 401
     assert service(database, "chat", host="127.0.0.1", required=True).get("/", headers=headers).status_code == 401
     assert service(database, "chat", host="127.0.0.1").get("/", headers=headers).json() == {"key": ""}
+
+
+def test_loopback_may_be_opened_and_others_too(database: str) -> None:
+    assert service(database, "chat", required=False).get("/").json() == {"key": ""}
+
+
+def test_basalts_own_services_have_a_key_of_their_own(database: str) -> None:
+    client = service(database, "chat", own_key="between-us")
+    assert client.get("/", headers=bearer("between-us")).json() == {"key": "basalt"}
+    assert client.get("/", headers=bearer("between-u")).status_code == 401
+    assert service(database, "chat", own_key="").get("/", headers=bearer("")).status_code == 401
+
+
+def test_a_known_key_goes_on_being_valid_without_the_state_of_record(database: str) -> None:
+    key, secret = make("ada")
+    client = service(database, "chat", fresh_seconds=0.01)
+    assert client.get("/", headers=bearer(secret)).json() == {"key": key}
+    with sqlite3.connect(database.removeprefix("sqlite:///")) as away:
+        away.execute("ALTER TABLE api_keys RENAME TO away")
+    assert client.get("/", headers=bearer(secret)).json() == {"key": key}
+    unknown = client.get("/", headers=bearer("bsk-another"))
+    assert unknown.status_code == 503 and "state of record" in unknown.json()["error"]["message"]
+
+
+def test_limits_of_a_key(database: str) -> None:
+    made = CliRunner().invoke(app, ["keys", "create", "ada", "--limit", "requests_per_minute=60"])
+    assert made.exit_code == 0
+    assert "valid\trequests_per_minute=60" in CliRunner().invoke(app, ["keys", "list"]).output
+    for wrong, told in (("requests_per_hour=1", "unknown limit"), ("requests_per_minute", "NAME=NUMBER")):
+        refused = CliRunner().invoke(app, ["keys", "create", "ada", "--limit", wrong])
+        assert refused.exit_code != 0 and told in refused.output
 
 
 def test_what_is_loopback() -> None:
