@@ -56,10 +56,9 @@ def create_app(settings: Settings) -> FastAPI:
         own_key=settings.service_key.get_secret_value(),
         fresh_seconds=KEY_SECONDS,
     )
-    Asking = Annotated[Caller, Depends(guard)]
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request, caller: Asking) -> Response:
+    async def chat_completions(request: Request, caller: Annotated[Caller, Depends(guard)]) -> Response:
         return await complete(request, caller, app.state.services)
 
     @app.get("/v1/models", dependencies=[Depends(guard)])

@@ -67,9 +67,8 @@ class Buckets:
     def __init__(self, redis_url: str | None) -> None:
         self._own: dict[str, tuple[float, float]] = {}  # level, and when it was that
         self._paused_until = 0.0
-        self._redis = redis_url and redis.asyncio.from_url(
-            redis_url, socket_timeout=ANSWER_SECONDS, socket_connect_timeout=ANSWER_SECONDS, retry=None
-        )
+        seconds = {"socket_timeout": ANSWER_SECONDS, "socket_connect_timeout": ANSWER_SECONDS}
+        self._redis = redis.asyncio.from_url(redis_url, retry=None, **seconds) if redis_url else None
         self._script = self._redis.register_script(TAKE) if self._redis else None
 
     async def close(self) -> None:

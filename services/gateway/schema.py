@@ -144,7 +144,7 @@ def _image(content: list[Any], index: int, where: str) -> ImagePart | None:
         return None
     image_url = part.get("image_url")
     url = image_url.get("url") if isinstance(image_url, dict) else None
-    if not isinstance(url, str) or not url:
+    if not isinstance(image_url, dict) or not isinstance(url, str) or not url:
         raise bad_request(
             f"'{where}.image_url' must be an object {{\"url\": …}} with an http(s) or data: URL", f"{where}.image_url"
         )

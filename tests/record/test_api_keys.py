@@ -2,7 +2,7 @@
 
 import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from fastapi import Depends, FastAPI
@@ -28,7 +28,7 @@ def service(database: str, scope: str, **options: Any) -> TestClient:
     guard = Guard(open_database(database), scope, **{"host": "0.0.0.0"} | options)
 
     @guarded.get("/")
-    async def root(caller: Caller = Depends(guard)) -> dict[str, str]:
+    async def root(caller: Annotated[Caller, Depends(guard)]) -> dict[str, str]:
         return {"key": caller.id}
 
     return TestClient(guarded)
