@@ -1,17 +1,18 @@
 """Who may ask a service: `Authorization: Bearer KEY`, as OpenAI. On loopback alone no key is needed."""
 
-import asyncio
 import ipaddress
 import secrets
 import time
 from dataclasses import dataclass, field
 
 from fastapi import Request
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from basalt.api_errors import APIError, unavailable
+from basalt.breaker import Broken
+from basalt.flights import SingleFlight
 from basalt.record.api_keys import SCOPES, find_key
-from basalt.record.database import Sessions
+from basalt.record.reader import Reader
 
 MAX_REMEMBERED = 10_000  # keys
 
@@ -44,7 +45,7 @@ class Guard:
 
     def __init__(
         self,
-        sessions: Sessions,
+        record: Reader,
         scope: str,
         *,
         host: str,
@@ -52,10 +53,11 @@ class Guard:
         own_key: str = "",
         fresh_seconds: float = 0,
     ) -> None:
-        self._sessions, self._scope, self._fresh_seconds = sessions, scope, fresh_seconds
+        self._record, self._scope, self._fresh_seconds = record, scope, fresh_seconds
         self._own_key = own_key.encode()
         self._required = not is_loopback(host) if required is None else required
         self._valid: dict[str, tuple[Caller, float]] = {}  # by secret, and until when
+        self._finding: SingleFlight[str, Caller | None] = SingleFlight()
 
     async def __call__(self, request: Request) -> Caller:
         scheme, _, secret = request.headers.get("Authorization", "").partition(" ")
@@ -79,8 +81,10 @@ class Guard:
         if known and time.monotonic() < until:
             return known
         try:
-            found = await asyncio.to_thread(self._find, secret)
-        except SQLAlchemyError as error:
+            found = await self._finding.run(
+                secret, lambda: self._record.read(lambda session: _find(session, secret), known=known)
+            )
+        except Broken as error:
             if known is None:
                 raise unavailable("state of record") from error
             found = known
@@ -92,10 +96,10 @@ class Guard:
             self._valid[secret] = (found, time.monotonic() + self._fresh_seconds)
         return found
 
-    def _find(self, secret: str) -> Caller | None:
-        with self._sessions() as session:
-            key = find_key(session, secret)
-            return None if key is None else Caller(key.id, tuple(key.scopes), key.limits)
+
+def _find(session: Session, secret: str) -> Caller | None:
+    key = find_key(session, secret)
+    return None if key is None else Caller(key.id, tuple(key.scopes), key.limits)
 
 
 def is_loopback(host: str) -> bool:

@@ -16,6 +16,7 @@ from basalt.record.database import open_database
 from basalt.record.evals import KIND, NoSuchEval
 from basalt.record.files import NoSuchFile
 from basalt.record.jobs import NotPossible
+from basalt.record.reader import Reader
 from basalt.work.dispatch import Dispatcher
 from basalt.work.queue import Queue
 from services.evaluator import evals
@@ -43,7 +44,7 @@ def create_app(settings: Settings) -> FastAPI:
     told = ((NoSuchEval, 404, "not_found"), (NoSuchFile, 404, "not_found"), (NotPossible, 409, "conflict"))
     for kind, status, code in told:
         app.add_exception_handler(kind, _told(status, code))
-    guard = Guard(sessions, "evaluate", host=settings.host, required=settings.require_key or None)
+    guard = Guard(Reader(sessions), "evaluate", host=settings.host, required=settings.require_key or None)
     app.include_router(evals.router(settings, sessions, store, data, dispatcher), dependencies=[Depends(guard)])
 
     @app.get("/healthz")

@@ -15,7 +15,8 @@ from basalt import api_errors as errors
 from basalt.auth import Caller, Guard
 from basalt.object_store import ObjectStore
 from basalt.record.api_keys import LIMITS
-from basalt.record.database import Sessions, open_database
+from basalt.record.database import open_database
+from basalt.record.reader import Reader
 from services.gateway.assistants import Assistants
 from services.gateway.chat import Services, complete
 from services.gateway.fetch import Fetcher
@@ -36,20 +37,21 @@ def create_app(settings: Settings) -> FastAPI:
         ValueError: the settings name no object store.
     """
     store = settings.open_store()
-    sessions = open_database(settings.database)
+    record = Reader(open_database(settings.database))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.services = services = open_services(settings, store, sessions)
+        app.state.services = services = open_services(settings, store, record)
         yield
         await services.close()
+        record.close()
 
     app = FastAPI(title="Basalt", summary="An OpenAI-compatible gateway to your vision assistants", lifespan=lifespan)
     errors.install(app, "gateway")
     app.add_middleware(Telemetry)
 
     guard = Guard(
-        sessions,
+        record,
         "chat",
         host=settings.published or settings.host,
         required=settings.require_key,
@@ -101,7 +103,7 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def open_services(settings: Settings, store: ObjectStore, sessions: Sessions) -> Services:
+def open_services(settings: Settings, store: ObjectStore, record: Reader) -> Services:
     """Must be called inside the event loop."""
     fetcher = Fetcher(
         max_bytes=settings.max_image_bytes,
@@ -115,7 +117,7 @@ def open_services(settings: Settings, store: ObjectStore, sessions: Sessions) ->
     return Services(
         settings,
         ImageIntake(fetcher, limits, store, max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
-        Assistants(sessions, store, vision),
+        Assistants(record, store, vision),
         vision,
         LLMClient(settings.llm_url, settings.llm_seconds),
         buckets,

@@ -5,9 +5,7 @@ that alias what the vision service has in its own directory, else the only versi
 `NAME@VERSION` and `NAME@` with the first digits of a version name one. A changed alias holds within `FRESH_SECONDS`.
 """
 
-import asyncio
 import json
-import logging
 import re
 import time
 import zlib
@@ -16,19 +14,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from basalt import registry
 from basalt.api_errors import APIError, bad_request, unavailable
 from basalt.assistants import NAME
+from basalt.breaker import Broken
 from basalt.flights import SingleFlight
 from basalt.object_store import ObjectStore, StoreUnavailable
 from basalt.record.aliases import aliases_of
 from basalt.record.canaries import get_canary
-from basalt.record.database import Sessions
+from basalt.record.reader import Reader
 from services.gateway.vision_client import VisionClient
-
-log = logging.getLogger("basalt.gateway")
 
 MAX_NAMES = 1000  # remembered: a client can ask for any
 FRESH_SECONDS = 1.0  # that what was read of the state of record is taken as true
@@ -48,8 +45,8 @@ class Pointers:
 class Assistants:
     """Names to versions. Where the state of record cannot be read, what it said last goes on being true."""
 
-    def __init__(self, sessions: Sessions, store: ObjectStore, vision: VisionClient) -> None:
-        self._sessions = sessions
+    def __init__(self, record: Reader, store: ObjectStore, vision: VisionClient) -> None:
+        self._record = record
         self._store = store
         self._vision = vision
         self._pointers: dict[str, Pointers] = {}
@@ -99,22 +96,13 @@ class Assistants:
         if known and time.monotonic() - known.read_at < FRESH_SECONDS:
             return known
         try:
-            return await self._reading.run(name, lambda: asyncio.to_thread(self._read, name))
-        except SQLAlchemyError as error:
-            log.warning("the state of record cannot be read: %s", type(error).__name__)
+            found = await self._reading.run(
+                name, lambda: self._record.read(lambda session: _pointers(session, name), known=known)
+            )
+        except Broken as error:
             if known is None:
                 raise unavailable("state of record") from error
             return known
-
-    def _read(self, name: str) -> Pointers:
-        with self._sessions() as session:
-            canary = get_canary(session, name)
-            found = Pointers(
-                aliases_of(session, name),
-                canary.version if canary else None,
-                canary.share if canary else 0.0,
-                time.monotonic(),
-            )
         if name not in self._pointers and len(self._pointers) >= MAX_NAMES:
             self._pointers.pop(next(iter(self._pointers)))
         self._pointers[name] = found
@@ -128,6 +116,12 @@ class Assistants:
             "model_not_found",
             status=404,
         )
+
+
+def _pointers(session: Session, name: str) -> Pointers:
+    canary = get_canary(session, name)
+    share = canary.share if canary else 0.0
+    return Pointers(aliases_of(session, name), canary.version if canary else None, share, time.monotonic())
 
 
 def _slice_of(body: Mapping[str, Any]) -> int:

