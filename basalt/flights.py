@@ -17,6 +17,9 @@ class SingleFlight(Generic[K, V]):
     def __init__(self) -> None:
         self._flights: dict[K, tuple[asyncio.Task[V], list[object]]] = {}
 
+    def __contains__(self, key: K) -> bool:
+        return key in self._flights
+
     async def run(self, key: K, compute: Callable[[], Awaitable[V]]) -> V:
         if key not in self._flights:
             task = asyncio.ensure_future(_awaited(compute))

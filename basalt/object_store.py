@@ -11,23 +11,29 @@ import os
 import re
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 import urllib3
 from minio import Minio
+from minio.commonconfig import ENABLED, Filter
 from minio.error import MinioException, S3Error
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MAX_KEY_LENGTH = 512  # characters
 PROBE = "probe"  # the key that is written to see whether the store takes anything
+DAY = 86400.0  # seconds
 PART_BYTES = 16 * 1024 * 1024  # of a large upload
 # No segment begins with a dot: neither `..` nor the directory of unfinished writes can be named.
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _IMAGE_ID = re.compile(r"sha256:[0-9a-f]{64}")
-_IMAGE_PREFIX = "images/sha256/"
+IMAGES = "images"  # the folder of images' originals
+_IMAGE_PREFIX = f"{IMAGES}/sha256/"
 
 
 class StoreError(Exception):
@@ -87,6 +93,13 @@ class ObjectStore(Protocol):
         """Makes the store itself, a directory or a bucket, unless it is there."""
         ...
 
+    async def expire(self, folder: str, days: int | None) -> None:
+        """Objects under a folder go when they are so old; None: they stay.
+
+        A server is given a rule and keeps it by itself from then on. From a directory they go now.
+        """
+        ...
+
 
 class DirectoryStore:
     """Objects as files under one directory, each put in place by a rename."""
@@ -115,6 +128,16 @@ class DirectoryStore:
 
     async def prepare(self) -> None:
         await self.put(PROBE, b"")
+
+    async def expire(self, folder: str, days: int | None) -> None:
+        if days is not None:
+            await asyncio.to_thread(self._remove_before, self._path(folder), time.time() - days * DAY)
+
+    def _remove_before(self, folder: Path, moment: float) -> None:
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):
+                if path.is_file() and path.stat().st_mtime < moment:
+                    path.unlink()
 
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
@@ -175,6 +198,23 @@ class MinioStore:
 
     async def prepare(self) -> None:
         await asyncio.to_thread(self._prepare)
+
+    async def expire(self, folder: str, days: int | None) -> None:
+        await asyncio.to_thread(self._expire, check_key(folder), days)
+
+    def _expire(self, folder: str, days: int | None) -> None:
+        """Rules of others stay as they are."""
+        name = f"basalt-{folder}"
+        ours = Rule(ENABLED, Filter(prefix=f"{folder}/"), name, expiration=Expiration(days=days)) if days else None
+        try:
+            found = self.client.get_bucket_lifecycle(self.bucket)
+            others = [rule for rule in found.rules if rule.rule_id != name] if found else []
+            if rules := [*others, *([ours] if ours else [])]:
+                self.client.set_bucket_lifecycle(self.bucket, LifecycleConfig(rules))
+            elif found:
+                self.client.delete_bucket_lifecycle(self.bucket)
+        except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._unavailable(error) from error
 
     def _prepare(self) -> None:
         try:
@@ -253,6 +293,9 @@ class StoreSettings(BaseSettings):
     s3_access_key: str | None = Field(default=None, validation_alias="BASALT_S3_ACCESS_KEY")
     s3_secret_key: SecretStr | None = Field(default=None, validation_alias="BASALT_S3_SECRET_KEY")
     s3_region: str = Field(default="us-east-1", validation_alias="BASALT_S3_REGION")
+    image_days: int | None = Field(
+        default=None, ge=1, validation_alias="BASALT_IMAGE_DAYS"
+    )  # after which the originals of images that clients sent are removed; kept where it is not set
 
     def open_store(self) -> ObjectStore:
         """The object store these settings name.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from basalt.object_store import StoreSettings, StoreUnavailable
+from basalt.object_store import IMAGES, StoreSettings, StoreUnavailable
 
 app = typer.Typer(no_args_is_help=True, help="The object store: make it ready.")
 
@@ -15,7 +15,8 @@ app = typer.Typer(no_args_is_help=True, help="The object store: make it ready.")
 def prepare(
     wait: Annotated[float, typer.Option(help="seconds that the server may take to answer")] = 60,
 ) -> None:
-    """Makes the bucket that BASALT_STORE names, unless it is there, and writes to it once."""
+    """Makes the bucket that BASALT_STORE names, unless it is there, and writes to it once. Images go after
+    BASALT_IMAGE_DAYS, where that is set."""
     settings = StoreSettings()
     deadline = time.monotonic() + wait
     try:
@@ -28,6 +29,7 @@ def prepare(
                     raise
                 time.sleep(1)
         settings.check_store()
+        asyncio.run(settings.open_store().expire(IMAGES, settings.image_days))
     except (StoreUnavailable, ValueError) as error:
         typer.echo(f"basalt: {error}", err=True)
         raise typer.Exit(1) from None

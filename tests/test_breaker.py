@@ -34,7 +34,7 @@ async def test_only_what_is_a_failure_counts_as_one():
 
     with pytest.raises(KeyError):
         await breaker.run(lambda: fail(KeyError()), 1)
-    with pytest.raises(Broken, match="store: OSError$"):
+    with pytest.raises(Broken, match=r"store: OSError$"):
         await breaker.run(lambda: fail(OSError("10.0.0.7 refused")), 1)
     with pytest.raises(Broken, match="a moment ago"):
         await breaker.run(lambda: asyncio.sleep(0), 1)

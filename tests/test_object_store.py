@@ -11,7 +11,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from minio.commonconfig import ENABLED, Filter
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
+from typer.testing import CliRunner
 
+from basalt.cli import app
 from basalt.object_store import (
     DirectoryStore,
     InvalidKey,
@@ -208,3 +212,42 @@ def test_a_bucket_is_made_once_and_checked(s3: str, monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         asyncio.run(settings.open_store().prepare())
     settings.check_store()
+
+
+async def test_a_directory_loses_what_is_too_old(tmp_path: Path):
+    store = DirectoryStore(tmp_path)
+    old, new, other = KEY, "images/sha256/" + "c" * 64, "datasets/a"
+    for key in (old, new, other):
+        await store.put(key, b"x")
+    for key in (old, other):
+        os.utime(tmp_path / key, (0, time.time() - 8 * 86400))
+    await store.expire("images", None)
+    assert await store.exists(old)
+    await store.expire("images", 7)
+    assert [await store.exists(key) for key in (old, new, other)] == [False, True, True]
+    await store.expire("nothing-there", 7)
+
+
+def test_a_bucket_has_a_rule_for_what_is_too_old(s3: str, monkeypatch: pytest.MonkeyPatch):
+    for name, value in (("ENDPOINT", s3), ("ACCESS_KEY", "key"), ("SECRET_KEY", "secret")):
+        monkeypatch.setenv(f"BASALT_S3_{name}", value)
+    monkeypatch.setenv("BASALT_STORE", "s3://with-rules")
+    client = open_s3(s3, "with-rules").client
+    client.make_bucket("with-rules")
+    theirs = Rule(ENABLED, Filter(prefix="logs/"), "theirs", expiration=Expiration(days=3))
+    client.set_bucket_lifecycle("with-rules", LifecycleConfig([theirs]))
+
+    def rules_after(days: str | None) -> dict[str, tuple[str, int]]:
+        monkeypatch.setenv("BASALT_IMAGE_DAYS", days) if days else monkeypatch.delenv("BASALT_IMAGE_DAYS")
+        prepared = CliRunner().invoke(app, ["store", "prepare"])
+        assert prepared.exit_code == 0, prepared.output
+        found = client.get_bucket_lifecycle("with-rules")
+        return {rule.rule_id: (rule.rule_filter.prefix, rule.expiration.days) for rule in found.rules}
+
+    assert rules_after("30") == {"theirs": ("logs/", 3), "basalt-images": ("images/", 30)}
+    assert rules_after("7") == {"theirs": ("logs/", 3), "basalt-images": ("images/", 7)}
+    assert rules_after(None) == {"theirs": ("logs/", 3)}
+    client.delete_bucket_lifecycle("with-rules")
+    asyncio.run(open_s3(s3, "with-rules").expire("images", 5))
+    asyncio.run(open_s3(s3, "with-rules").expire("images", None))
+    assert client.get_bucket_lifecycle("with-rules") is None

@@ -7,6 +7,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 40_000_000
+MIN_SIDE, MAX_ASPECT = 2, 200  # of what any tower can make something of
 
 
 class ImageError(ValueError):
@@ -20,7 +21,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         An RGB image, turned upright by its EXIF orientation, transparency laid on white.
 
     Raises:
-        ImageError: empty, not an image, a format we do not take, truncated, or over `max_pixels`.
+        ImageError: empty, not an image, a format we do not take, truncated, over `max_pixels`, or of a shape that no
+            tower takes. What a file says of its size is believed before anything is decoded.
     """
     if not data:
         raise ImageError("the image is empty (0 bytes): send the bytes of a JPEG, PNG, WebP or GIF file")
@@ -33,6 +35,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 raise ImageError(
                     f"the image has {width} × {height} pixels, more than the {max_pixels:,} allowed: send a smaller one"
                 )
+            if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
+                raise ImageError(
+                    f"the image has {width} × {height} pixels: send one whose sides are at least {MIN_SIDE} pixels, "
+                    f"neither more than {MAX_ASPECT} times the other"
+                )
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
@@ -41,6 +48,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ImageError("the bytes are not a JPEG, PNG, WebP, GIF, BMP or TIFF image") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"the image has more than the {max_pixels:,} pixels allowed: send a smaller one") from None
+    except MemoryError:
+        raise ImageError("the image takes more memory to decode than it may: send a smaller one") from None
     # Decoders meet hostile bytes here and each has its own way to fail; none may pass as anything but a bad
     # image. Their texts can hold addresses of this process (CVE-2026-22778), so they are not repeated.
     except Exception:

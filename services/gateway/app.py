@@ -1,6 +1,7 @@
 """The gateway's HTTP face. `python -m services.gateway`"""
 
 import asyncio
+import logging
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -13,13 +14,14 @@ from pydantic import ValidationError
 
 from basalt import api_errors as errors
 from basalt.auth import Caller, Guard
-from basalt.object_store import ObjectStore
+from basalt.object_store import IMAGES, ObjectStore, StoreUnavailable
 from basalt.record.api_keys import LIMITS
 from basalt.record.database import open_database
 from basalt.record.reader import Reader
 from services.gateway.assistants import Assistants
 from services.gateway.chat import Services, complete
-from services.gateway.fetch import Fetcher
+from services.gateway.decoding import Decoders
+from services.gateway.fetch import CachedFetcher, Fetcher
 from services.gateway.images import ImageIntake
 from services.gateway.limits import Buckets, FairQueue, Limits, Room
 from services.gateway.llm_client import LLMClient
@@ -27,6 +29,9 @@ from services.gateway.settings import Settings
 from services.gateway.telemetry import Telemetry, log_to_stderr
 from services.gateway.vision_client import VisionClient
 
+log = logging.getLogger("basalt.gateway")
+
+SWEEP_SECONDS = 3600.0  # from one removal of images that are too old to the next
 KEY_SECONDS = 2.0  # within which a revoked key is refused
 
 
@@ -42,7 +47,10 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.services = services = open_services(settings, store, record)
+        sweeping = asyncio.create_task(_keep_expiring(store, settings.image_days)) if settings.image_days else None
         yield
+        if sweeping:
+            sweeping.cancel()
         await services.close()
         record.close()
 
@@ -105,18 +113,29 @@ def create_app(settings: Settings) -> FastAPI:
 
 def open_services(settings: Settings, store: ObjectStore, record: Reader) -> Services:
     """Must be called inside the event loop."""
+    buckets = Buckets(settings.redis_url)
+    limits = Limits({name: getattr(settings, name) for name in LIMITS}, buckets)
     fetcher = Fetcher(
         max_bytes=settings.max_image_bytes,
         connect_seconds=settings.fetch_connect_seconds,
         total_seconds=settings.fetch_seconds,
+        max_per_host=settings.fetches_per_host,
+        domains=settings.fetch_domains,
         private_hosts=settings.allow_private_hosts,
     )
+    images = ImageIntake(
+        CachedFetcher(fetcher, settings.fetch_cache_bytes),
+        Decoders(settings.decode_processes, settings.decode_memory_bytes, settings.decode_seconds),
+        limits,
+        store,
+        max_bytes=settings.max_image_bytes,
+        max_pixels=settings.max_pixels,
+        store_seconds=settings.store_seconds,
+    )
     vision = VisionClient(settings.vision_address, settings.embed_seconds)
-    buckets = Buckets(settings.redis_url)
-    limits = Limits({name: getattr(settings, name) for name in LIMITS}, buckets)
     return Services(
         settings,
-        ImageIntake(fetcher, limits, store, max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
+        images,
         Assistants(record, store, vision),
         vision,
         LLMClient(settings.llm_url, settings.llm_seconds),
@@ -125,6 +144,15 @@ def open_services(settings: Settings, store: ObjectStore, record: Reader) -> Ser
         FairQueue(settings.max_running, settings.max_waiting, settings.wait_seconds),
         Room(settings.max_held_bytes),
     )
+
+
+async def _keep_expiring(store: ObjectStore, days: int) -> None:
+    while True:
+        try:
+            await store.expire(IMAGES, days)
+        except StoreUnavailable as error:
+            log.warning("images older than %d days could not be removed: %s", days, error)
+        await asyncio.sleep(SWEEP_SECONDS)
 
 
 def main() -> None:

@@ -3,23 +3,35 @@
 One parser reads the URL; a name is resolved once, every answer must be a public address, and the address
 that was checked is the one that is dialled: check and connection cannot come apart. Each redirect goes
 through all of it again. TLS still verifies the name.
+
+What is asked for by many at once is fetched once, and kept for a minute, unless its server says otherwise.
 """
 
 import asyncio
 import ipaddress
+import re
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import httpcore
 import httpx
 
+from basalt.caching import ByteLRU
+from basalt.flights import SingleFlight
+from services.gateway import telemetry
+
 MAX_URL_LENGTH = 8192
 MAX_REDIRECTS = 3
+MAX_CONNECTIONS = 64
 MAX_ADDRESSES = 4  # of one name, tried in turn
 PORTS = (80, 443, 8080, 8443)
 REDIRECTS = (301, 302, 303, 307, 308)
+FRESH_SECONDS = 60.0  # that a body is kept for at most
 
 HEADERS = [(b"Accept", b"image/*"), (b"Accept-Encoding", b"identity"), (b"User-Agent", b"basalt")]
 
@@ -34,6 +46,48 @@ class TooLarge(FetchError):
     """There is more than the byte cap."""
 
 
+@dataclass(frozen=True)
+class Fetched:
+    body: bytes
+    fresh_seconds: float  # that it may be given to others for
+
+
+class CachedFetcher:
+    """`Fetcher`, asked once for what many ask for at a time, and not again for as long as the answer is fresh."""
+
+    def __init__(self, fetcher: "Fetcher", cache_bytes: int) -> None:
+        self._fetcher = fetcher
+        self._bodies: ByteLRU[str, tuple[bytes, float]] = ByteLRU(cache_bytes)  # and until when
+        self._fetching: SingleFlight[str, Fetched] = SingleFlight()
+
+    async def close(self) -> None:
+        await self._fetcher.close()
+
+    def cached(self, url: str) -> bytes | None:
+        """The body, where it need not be fetched."""
+        body, until = self._bodies.get(url) or (None, 0.0)
+        if body is None or time.monotonic() >= until:
+            return None
+        telemetry.FETCHES.labels("cached").inc()
+        return body
+
+    async def get(self, url: str) -> bytes:
+        """See `Fetcher.get`."""
+        telemetry.FETCHES.labels("shared" if url in self._fetching else "fetched").inc()
+        try:
+            fetched = await self._fetching.run(url, lambda: self._fetch(url))
+        except FetchError:
+            telemetry.FETCHES.labels("refused").inc()
+            raise
+        return fetched.body
+
+    async def _fetch(self, url: str) -> Fetched:
+        fetched = await self._fetcher.get(url)
+        if fetched.fresh_seconds:
+            self._bodies.put(url, (fetched.body, time.monotonic() + fetched.fresh_seconds), len(fetched.body))
+        return fetched
+
+
 class Fetcher:
     """GETs public http(s) URLs. Open for as long as the process runs; `close` at the end.
 
@@ -41,8 +95,11 @@ class Fetcher:
         max_bytes: of one body.
         connect_seconds: for one connection.
         total_seconds: for one URL, redirects included.
+        max_per_host: requests to one host at a time; the others wait within their `total_seconds`.
+        domains: where this names any, only they and what is under them are fetched.
         private_hosts: hosts, as written in URLs, that may have any address and port.
         resolve: the name service.
+        dialler: what connects to an address that has been checked.
     """
 
     def __init__(
@@ -51,11 +108,16 @@ class Fetcher:
         max_bytes: int,
         connect_seconds: float,
         total_seconds: float,
+        max_per_host: int = 8,
+        domains: frozenset[str] = frozenset(),
         private_hosts: frozenset[str] = frozenset(),
         resolve: Resolver | None = None,
+        dialler: httpcore.AsyncNetworkBackend | None = None,
     ) -> None:
         self._max_bytes = max_bytes
         self._total_seconds = total_seconds
+        self._hosts = Places(max_per_host)
+        self._domains = domains
         self._private_hosts = private_hosts
         self._timeouts = {
             "connect": connect_seconds,
@@ -66,10 +128,12 @@ class Fetcher:
         self._names = SystemResolver()
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=httpx.create_ssl_context(),
-            max_connections=32,
+            max_connections=MAX_CONNECTIONS,
             max_keepalive_connections=0,
             network_backend=GuardedBackend(
-                resolve or self._names, private_hosts, cast(httpcore.AsyncNetworkBackend, httpcore.AnyIOBackend())
+                resolve or self._names,
+                private_hosts,
+                dialler or cast(httpcore.AsyncNetworkBackend, httpcore.AnyIOBackend()),
             ),
         )
 
@@ -77,7 +141,7 @@ class Fetcher:
         await self._pool.aclose()
         self._names.close()
 
-    async def get(self, url: str) -> bytes:
+    async def get(self, url: str) -> Fetched:
         """The body behind `url`.
 
         Raises:
@@ -88,8 +152,9 @@ class Fetcher:
         try:
             async with asyncio.timeout(self._total_seconds):
                 for _ in range(1 + MAX_REDIRECTS):
-                    answer = await self._get(target)
-                    if isinstance(answer, bytes):
+                    async with self._hosts.place(target.host):
+                        answer = await self._get(target)
+                    if isinstance(answer, Fetched):
                         return answer
                     target = self._check(str(answer))
         except (TimeoutError, httpcore.TimeoutException):
@@ -117,11 +182,14 @@ class Fetcher:
             raise FetchError("the URL names no host")
         if port is not None and not 0 < port < 65536:
             raise FetchError("the URL is malformed: ports are 1 to 65535")
-        if port is not None and port not in PORTS and parsed.raw_host.decode() not in self._private_hosts:
+        name = parsed.raw_host.decode()
+        if self._domains and name not in self._private_hosts and not _is_under(name, self._domains):
+            raise FetchError(f"{host} is not among the domains that images are fetched from")
+        if port is not None and port not in PORTS and name not in self._private_hosts:
             raise FetchError(f"port {port} is not allowed: use one of {', '.join(map(str, PORTS))}")
         return parsed
 
-    async def _get(self, url: httpx.URL) -> bytes | httpx.URL:
+    async def _get(self, url: httpx.URL) -> Fetched | httpx.URL:
         """One hop: the body, or where it redirects to."""
         target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         headers = [(b"Host", url.netloc), *HEADERS]
@@ -135,7 +203,8 @@ class Fetcher:
                 raise FetchError(f"{url.host} did not give the file: the URL must be public and need no login")
             if answered.get(b"content-encoding", b"identity").lower() not in (b"identity", b""):
                 raise FetchError(f"{url.host} sent the file compressed although it was asked not to")
-            return await self._read(response, answered.get(b"content-length", b"0"))
+            body = await self._read(response, answered.get(b"content-length", b"0"))
+            return Fetched(body, _fresh_seconds(answered))
 
     async def _read(self, response: httpcore.Response, stated_length: bytes) -> bytes:
         too_large = TooLarge(f"the file has more than {self._max_bytes:,} bytes")
@@ -147,6 +216,26 @@ class Fetcher:
             if len(body) > self._max_bytes:
                 raise too_large
         return bytes(body)
+
+
+class Places:
+    """So many at a time by name; names nobody is at are forgotten."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._taken: dict[str, tuple[asyncio.Semaphore, int]] = {}  # and how many are there or wait
+
+    @asynccontextmanager
+    async def place(self, name: str) -> AsyncIterator[None]:
+        places, users = self._taken.get(name) or (asyncio.Semaphore(self._size), 0)
+        self._taken[name] = places, users + 1
+        try:
+            async with places:
+                yield
+        finally:
+            places, users = self._taken.pop(name)
+            if users > 1:
+                self._taken[name] = places, users - 1
 
 
 class GuardedBackend(httpcore.AsyncNetworkBackend):
@@ -214,6 +303,23 @@ def is_public(address: str) -> bool:
     # v4-mapped and NAT64 addresses lie outside 2000::/3; 6to4 and Teredo inside it.
     tunnelled = parsed.sixtofour is not None or parsed.teredo is not None
     return parsed in GLOBAL_UNICAST and parsed.is_global and not tunnelled and parsed.scope_id is None
+
+
+def _is_under(host: str, domains: frozenset[str]) -> bool:
+    labels = host.removesuffix(".").split(".")
+    return any(".".join(labels[start:]) in domains for start in range(len(labels)))
+
+
+_MAX_AGE = re.compile(rb"max-age=(\d{1,9})")
+
+
+def _fresh_seconds(answered: dict[bytes, bytes]) -> float:
+    """As far as the server lets it be kept for others."""
+    control = answered.get(b"cache-control", b"").lower()
+    if any(word in control for word in (b"no-store", b"no-cache", b"private")) or b"vary" in answered:
+        return 0.0
+    stated = _MAX_AGE.search(control)
+    return min(FRESH_SECONDS, float(stated[1])) if stated else FRESH_SECONDS
 
 
 def _join(url: httpx.URL, location: bytes) -> httpx.URL:

@@ -4,17 +4,31 @@ import asyncio
 import base64
 import binascii
 import re
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from basalt.api_errors import bad_request, unavailable
 from basalt.assistants import sha256
 from basalt.auth import Caller
-from basalt.data.images import ImageError, decode_image
-from basalt.object_store import ObjectStore, StoreError, image_key
+from basalt.breaker import Breaker, Broken
+from basalt.caching import ByteLRU
+from basalt.data.images import ImageError
+from basalt.flights import SingleFlight
+from basalt.object_store import ObjectStore, StoreUnavailable, image_key
 from services.gateway import telemetry
-from services.gateway.fetch import Fetcher, FetchError, TooLarge
+from services.gateway.decoding import Decoders
+from services.gateway.fetch import CachedFetcher, FetchError, TooLarge
 from services.gateway.limits import Limits
+
+T = TypeVar("T")
+
+PAUSE_SECONDS = 2.0  # without asking an object store that did not answer
+STORED_SECONDS = 600.0  # that an image which was stored is taken to be there
+MAX_REMEMBERED = 100_000  # of those
+SMALL = 128 * 1024  # bytes
 
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64", re.IGNORECASE)
 
@@ -32,17 +46,31 @@ class ImageIntake:
     """Takes images by URL. `close` at the end."""
 
     def __init__(
-        self, fetcher: Fetcher, limits: Limits, store: ObjectStore, *, max_bytes: int, max_pixels: int
+        self,
+        fetcher: CachedFetcher,
+        decoders: Decoders,
+        limits: Limits,
+        store: ObjectStore,
+        *,
+        max_bytes: int,
+        max_pixels: int,
+        store_seconds: float,
     ) -> None:
         self._fetcher = fetcher
+        self._decoders = decoders
         self._limits = limits
         self._store = store
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
+        self._store_seconds = store_seconds
+        self._asking = Breaker("object store", (StoreUnavailable,), PAUSE_SECONDS)
+        self._stored: ByteLRU[str, float] = ByteLRU(MAX_REMEMBERED)  # until when what is stored is not asked for
+        self._storing: SingleFlight[str, None] = SingleFlight()
         self._threads = ThreadPoolExecutor(2, "images")
 
     async def close(self) -> None:
         await self._fetcher.close()
+        await self._decoders.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def take(self, url: str, param: str, caller: Caller) -> StoredImage:
@@ -53,27 +81,39 @@ class ImageIntake:
                 down.
         """
         if url[:5].lower() == "data:":
-            data = await self._run(self._decode_data_url, url, param)
+            telemetry.IMAGES.labels("data").inc()
+            data = await self._off_loop(len(url), self._decode_data_url, url, param)
         else:
-            await self._limits.fetch(caller)
-            with telemetry.stage("fetch"):
-                data = await self._fetch(url, param)
-        image_id = await self._run(sha256, data)
+            telemetry.IMAGES.labels("url").inc()
+            data = self._fetcher.cached(url) or await self._fetch(url, param, caller)
+        image_id = await self._off_loop(len(data), sha256, data)
         key = image_key(image_id)
         try:
-            # What is stored was checked when it was stored: images of earlier turns come again and again.
-            if not await self._store.exists(key):
-                with telemetry.stage("decode"):
-                    await self._check(data, param)
-                with telemetry.stage("store"):
-                    await self._store.put(key, data)
-        except StoreError as error:
+            if time.monotonic() >= (self._stored.get(image_id) or 0.0):
+                await self._storing.run(image_id, lambda: self._check_and_store(key, data))
+                self._stored.put(image_id, time.monotonic() + STORED_SECONDS, 1)
+        except ImageError as error:
+            raise bad_request(str(error), param, "invalid_image") from None
+        except Broken as error:
             raise unavailable("object store") from error
         return StoredImage(image_id, key, data)
 
-    async def _fetch(self, url: str, param: str) -> bytes:
+    async def _check_and_store(self, key: str, data: bytes) -> None:
+        """What is stored was checked when it was stored: images of earlier turns come again and again."""
+        with telemetry.stage("store"):
+            there = await self._asking.run(lambda: self._store.exists(key), self._store_seconds)
+        if there:
+            return
+        with telemetry.stage("decode"):
+            await self._decoders.check(data, self._max_pixels)
+        with telemetry.stage("store"):
+            await self._asking.run(lambda: self._store.put(key, data), self._store_seconds)
+
+    async def _fetch(self, url: str, param: str, caller: Caller) -> bytes:
+        await self._limits.fetch(caller)
         try:
-            return await self._fetcher.get(url)
+            with telemetry.stage("fetch"):
+                return await self._fetcher.get(url)
         except TooLarge as error:
             raise bad_request(f"the image is too large: {error}", param, "image_too_large", 413) from None
         except FetchError as error:
@@ -95,16 +135,13 @@ class ImageIntake:
             raise self._too_large(param)
         return data
 
-    async def _check(self, data: bytes, param: str) -> None:
-        try:
-            await self._run(lambda: decode_image(data, max_pixels=self._max_pixels))
-        except ImageError as error:
-            raise bad_request(str(error), param, "invalid_image") from None
-
     def _too_large(self, param: str):
         return bad_request(
             f"the image is too large: it has more than {self._max_bytes:,} bytes", param, "image_too_large", 413
         )
 
-    async def _run(self, function, *arguments):
+    async def _off_loop(self, size: int, function: Callable[..., T], *arguments: object) -> T:
+        """In a thread, unless there is so little to do that going there takes longer."""
+        if size < SMALL:
+            return function(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)

@@ -41,10 +41,21 @@ class Settings(StoreSettings, RecordSettings):
     max_image_bytes: int = Field(default=10 * MEBI, ge=1)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
 
+    # Domains, with what is under them, that images are fetched from; all where none is named. Checked on every hop.
+    fetch_domains: Annotated[frozenset[str], NoDecode] = frozenset()
     # Hosts, as written in URLs, whose images are fetched although their addresses are private. For development.
     allow_private_hosts: Annotated[frozenset[str], NoDecode] = frozenset()
     fetch_connect_seconds: float = Field(default=5, gt=0)
     fetch_seconds: float = Field(default=15, gt=0)  # for one image URL, redirects included
+    fetches_per_host: int = Field(default=8, ge=1)  # at a time
+    fetch_cache_bytes: int = Field(default=64 * MEBI, ge=0)  # of images by URL, kept for a minute at most
+
+    # Images are decoded in processes of their own.
+    decode_processes: int = Field(default=2, ge=1)
+    decode_memory_bytes: int = Field(default=1024 * MEBI, ge=256 * MEBI)  # of each
+    decode_seconds: float = Field(default=10, gt=0)  # for one image
+
+    store_seconds: float = Field(default=10, gt=0)  # for the object store to answer
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"  # at INFO, one line a request
 
@@ -53,7 +64,7 @@ class Settings(StoreSettings, RecordSettings):
     llm_seconds: float = Field(default=300, gt=0)  # of silence from the LLM service
     drain_seconds: int = Field(default=20, ge=0)  # that SIGTERM leaves to running answers
 
-    @field_validator("allow_private_hosts", mode="before")
+    @field_validator("allow_private_hosts", "fetch_domains", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """A comma-separated list."""

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import httpx
 import openai
@@ -112,6 +114,29 @@ def test_the_original_bytes_are_stored_under_their_digest(stack: Stack):
     data = picture(2, format="JPEG")
     assert stack.ask([image(data_url(data, "image/jpeg"))]).status_code == 200
     assert (stack.objects / image_key(sha256(data))).read_bytes() == data
+
+
+def test_nothing_gives_an_image_back(stack: Stack):
+    data = picture(2, format="JPEG")
+    assert stack.ask([image(data_url(data, "image/jpeg"))]).status_code == 200
+    key = image_key(sha256(data))
+    for path in (f"/{key}", f"/v1/{key}", f"/v1/files/{sha256(data)}", f"/static/{key}", f"/v1/../{key}"):
+        response = httpx.get(stack.url + path, trust_env=False)
+        assert response.status_code == 404 and data not in response.content
+    for url in (key, sha256(data), f"s3://basalt/{key}", f"file:///{stack.objects}/{key}"):
+        assert stack.ask([image(url)]).status_code == 400
+
+
+def test_images_that_are_too_old_go_and_may_come_again(start: Callable[..., Stack], tmp_path: Path):
+    data = picture(4)
+    original = tmp_path / image_key(sha256(data))
+    original.parent.mkdir(parents=True)
+    original.write_bytes(data)
+    os.utime(original, (0, time.time() - 3 * 86400))
+    stack = start(BASALT_STORE=str(tmp_path), BASALT_IMAGE_DAYS=2)
+    wait_for(lambda: not original.exists())
+    assert stack.ask([image(data_url(data))]).status_code == 200
+    assert original.read_bytes() == data
 
 
 def test_vision_without_our_store_gets_the_bytes(start: Callable[..., Stack], tmp_path):

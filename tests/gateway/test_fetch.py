@@ -5,16 +5,17 @@ import datetime
 import ssl
 import time
 from pathlib import Path
+from typing import Any
 
 import httpcore
 import pytest
 
 from services.gateway.fetch import (
     MAX_REDIRECTS,
+    CachedFetcher,
     Fetcher,
     FetchError,
     GuardedBackend,
-    Resolver,
     TooLarge,
     is_public,
 )
@@ -24,16 +25,16 @@ LOCAL = frozenset({"127.0.0.1"})
 PUBLIC = "93.184.216.34"
 
 
-def fetcher(*, private_hosts: frozenset[str] = LOCAL, resolve: Resolver | None = None, seconds: float = 60) -> Fetcher:
+def fetcher(*, private_hosts: frozenset[str] = LOCAL, seconds: float = 60, **options: Any) -> Fetcher:
     return Fetcher(
-        max_bytes=1000, connect_seconds=seconds / 2, total_seconds=seconds, private_hosts=private_hosts, resolve=resolve
+        max_bytes=1000, connect_seconds=seconds / 2, total_seconds=seconds, private_hosts=private_hosts, **options
     )
 
 
 async def fetch(url: str, **options) -> bytes:
     opened = fetcher(**options)
     try:
-        return await opened.get(url)
+        return (await opened.get(url)).body
     finally:
         await opened.close()
 
@@ -281,6 +282,143 @@ async def test_each_hop_resolves_and_checks_anew():
     assert asked == ["first.test", "second.test"]
     assert "second.test is not on the public internet" in said
     assert len(server.heads) == 1
+
+
+async def local(host: str, port: int) -> list[str]:
+    return ["127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("host", "fetched"),
+    [
+        ("example.com", True),
+        ("images.example.com", True),
+        ("EXAMPLE.com", True),
+        ("example.com.", True),
+        ("badexample.com", False),
+        ("example.com.evil.test", False),
+        ("com", False),
+        ("93.184.216.34", False),
+    ],
+)
+async def test_where_domains_are_named_only_they_are_fetched(host: str, fetched: bool):
+    class Dialler(httpcore.AsyncNetworkBackend):
+        async def connect_tcp(self, host: str, *_: object) -> httpcore.AsyncNetworkStream:
+            dialled.append(host)
+            raise httpcore.ConnectError
+
+    async def resolve(host: str, port: int) -> list[str]:
+        return [PUBLIC]
+
+    dialled: list[str] = []
+    domains = frozenset({"example.com"})
+    said = await refusal(f"http://{host}/a", domains=domains, resolve=resolve, dialler=Dialler())
+    assert dialled == ([PUBLIC] if fetched else [])
+    assert ("not among the domains" in said) == (not fetched)
+
+
+async def test_domains_hold_for_every_hop():
+    async with web(redirect("http://elsewhere.test:8080/")) as server:
+        said = await refusal(server.url(), domains=frozenset({"example.com"}), resolve=local)
+    assert "elsewhere.test is not among the domains" in said and len(server.heads) == 1
+
+
+def cached(size: int = 10_000, **options: Any) -> CachedFetcher:
+    return CachedFetcher(fetcher(**options), size)
+
+
+async def test_what_a_hundred_ask_for_at_once_is_fetched_once():
+    async def handle(head: str, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.2)
+        await answer(b"picture")(head, writer)
+
+    opened = cached()
+    async with web(handle) as server:
+        bodies = await asyncio.gather(*(opened.get(server.url()) for _ in range(100)))
+        assert bodies == [b"picture"] * 100
+        assert opened.cached(server.url()) == b"picture"
+        assert opened.cached(server.url("/other")) is None
+        assert server.connections == 1
+    await opened.close()
+
+
+async def test_a_failure_is_everybodys_and_is_not_kept():
+    async def handle(head: str, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.1)
+        await answer(b"", "404 Not Found")(head, writer)
+
+    opened = cached()
+    async with web(handle) as server:
+        results = await asyncio.gather(*(opened.get(server.url()) for _ in range(20)), return_exceptions=True)
+        assert all(isinstance(result, FetchError) for result in results)
+        with pytest.raises(FetchError):
+            await opened.get(server.url())
+        assert server.connections == 2
+    await opened.close()
+
+
+async def test_who_gives_up_does_not_take_the_others_along():
+    async def handle(head: str, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.2)
+        await answer(b"picture")(head, writer)
+
+    opened = cached()
+    async with web(handle) as server:
+        first, second = (asyncio.create_task(opened.get(server.url())) for _ in range(2))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        assert await second == b"picture"
+        assert server.connections == 1
+    await opened.close()
+
+
+@pytest.mark.parametrize(
+    ("headers", "kept"),
+    [
+        ({}, True),
+        ({"Cache_Control": "public, max-age=3600"}, True),
+        ({"Cache_Control": "no-store"}, False),
+        ({"Cache_Control": "No-Cache"}, False),
+        ({"Cache_Control": "private"}, False),
+        ({"Cache_Control": "max-age=0"}, False),
+        ({"Vary": "Cookie"}, False),
+    ],
+)
+async def test_servers_say_what_may_be_kept(headers: dict[str, str], kept: bool):
+    opened = cached()
+    async with web(answer(b"picture", **headers)) as server:
+        await opened.get(server.url())
+        assert (opened.cached(server.url()) is not None) == kept
+    await opened.close()
+
+
+async def test_the_cache_has_a_bound():
+    opened = cached(2500)
+    async with web(answer(b"x" * 900)) as server:
+        for number in range(5):
+            await opened.get(server.url(f"/{number}"))
+        there = [opened.cached(server.url(f"/{number}")) is not None for number in range(5)]
+    assert there == [False, False, False, True, True]
+    await opened.close()
+
+
+async def test_one_host_takes_so_many_requests_at_a_time():
+    now, most = 0, 0
+
+    async def handle(head: str, writer: asyncio.StreamWriter) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.05)
+        now -= 1
+        await answer(b"picture")(head, writer)
+
+    opened = fetcher(max_per_host=3)
+    async with web(handle) as server:
+        await asyncio.gather(*(opened.get(server.url(f"/{number}")) for number in range(12)))
+    assert most == 3
+    assert not opened._hosts._taken  # nothing is remembered of hosts
+    await opened.close()
 
 
 async def test_unknown_host():

@@ -13,6 +13,7 @@ Handler = Callable[[str, asyncio.StreamWriter], Awaitable[None]]  # the request 
 class Web:
     port: int
     heads: list[str] = field(default_factory=list)  # of the requests so far
+    connections: int = 0  # made so far
 
     def url(self, path: str = "/", host: str = "127.0.0.1") -> str:
         return f"http://{host}:{self.port}{path}"
@@ -21,6 +22,7 @@ class Web:
 @asynccontextmanager
 async def web(handler: Handler, tls: ssl.SSLContext | None = None) -> AsyncIterator[Web]:
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        running.connections += 1
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             running.heads.append(head)
