@@ -1,7 +1,7 @@
 """Where images and everything large live: a directory, or a bucket of any S3 server (MinIO).
 
 Keys are paths of plain names (`images/sha256/<hex>`); values are whole objects, written at once. Only
-portable S3 is used: put, get, stat, list.
+portable S3 is used: put, get, stat, list, delete, and rules of how long objects are kept.
 """
 
 import asyncio
@@ -11,13 +11,17 @@ import os
 import re
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 from urllib.parse import unquote, urlsplit
 
 import urllib3
 from minio import Minio
+from minio.commonconfig import ENABLED, Filter
 from minio.error import MinioException, S3Error
+from minio.lifecycleconfig import Expiration, LifecycleConfig, Rule
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -27,7 +31,9 @@ PART_BYTES = 16 * 1024 * 1024  # of a large upload
 # No segment begins with a dot: neither `..` nor the directory of unfinished writes can be named.
 _KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
 _IMAGE_ID = re.compile(r"sha256:[0-9a-f]{64}")
-_IMAGE_PREFIX = "images/sha256/"
+IMAGES = "images"  # the folder of originals
+_IMAGE_PREFIX = f"{IMAGES}/sha256/"
+DAY = 86400.0
 
 
 class StoreError(Exception):
@@ -83,6 +89,15 @@ class ObjectStore(Protocol):
         """
         ...
 
+    async def delete(self, key: str) -> None:
+        """Away with an object, if it is there."""
+        ...
+
+    async def expire(self, folder: str, days: int) -> None:
+        """Objects of this folder are kept so many days from when they were put. A directory is swept now, once; an S3
+        server is told, and does it itself from now on."""
+        ...
+
     async def prepare(self) -> None:
         """Makes the store itself, a directory or a bucket, unless it is there."""
         ...
@@ -113,6 +128,12 @@ class DirectoryStore:
     async def get_file(self, key: str, path: Path) -> None:
         await asyncio.to_thread(self._get_file, self._path(key), path)
 
+    async def delete(self, key: str) -> None:
+        await asyncio.to_thread(self._path(key).unlink, missing_ok=True)
+
+    async def expire(self, folder: str, days: int) -> None:
+        await asyncio.to_thread(self._sweep, self._path(folder), time.time() - days * DAY)
+
     async def prepare(self) -> None:
         await self.put(PROBE, b"")
 
@@ -131,6 +152,12 @@ class DirectoryStore:
 
     def _keys(self, folder: Path) -> list[str]:
         return sorted(path.relative_to(self.root).as_posix() for path in folder.rglob("*") if path.is_file())
+
+    def _sweep(self, folder: Path, before: float) -> None:
+        for path in folder.rglob("*"):
+            with suppress(FileNotFoundError):  # another sweeps too
+                if path.is_file() and path.stat().st_mtime < before:
+                    path.unlink()
 
     def _get_file(self, source: Path, path: Path) -> None:
         try:
@@ -172,6 +199,12 @@ class MinioStore:
 
     async def get_file(self, key: str, path: Path) -> None:
         await asyncio.to_thread(self._get_file, check_key(key), path)
+
+    async def delete(self, key: str) -> None:
+        await asyncio.to_thread(self._delete, check_key(key))
+
+    async def expire(self, folder: str, days: int) -> None:
+        await asyncio.to_thread(self._expire, check_key(folder), days)
 
     async def prepare(self) -> None:
         await asyncio.to_thread(self._prepare)
@@ -228,6 +261,22 @@ class MinioStore:
                 return False
             raise self._unavailable(error) from error
         return True
+
+    def _delete(self, key: str) -> None:
+        try:
+            self.client.remove_object(self.bucket, key)
+        except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._unavailable(error) from error
+
+    def _expire(self, folder: str, days: int) -> None:
+        """The rule of this folder, beside those of others."""
+        rule = Rule(ENABLED, rule_filter=Filter(prefix=f"{folder}/"), rule_id=folder, expiration=Expiration(days=days))
+        try:
+            there = self.client.get_bucket_lifecycle(self.bucket)
+            others = [each for each in there.rules if each.rule_id != folder] if there else []
+            self.client.set_bucket_lifecycle(self.bucket, LifecycleConfig([*others, rule]))
+        except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._unavailable(error) from error
 
     def _keys(self, folder: str) -> list[str]:
         try:

@@ -77,6 +77,33 @@ async def test_gives_back_what_was_put(store: ObjectStore, data: bytes):
     assert await store.exists(KEY)
 
 
+async def test_what_is_deleted_is_gone(store: ObjectStore):
+    await store.put("files/a", b"a")
+    await store.delete("files/a")
+    assert not await store.exists("files/a")
+    await store.delete("files/a")
+
+
+async def test_a_directory_is_swept_of_what_is_old(tmp_path: Path):
+    store = DirectoryStore(tmp_path)
+    for key in (KEY, "images/sha256/" + "b" * 64, "files/a"):
+        await store.put(key, b"a")
+    for old in (KEY, "files/a"):
+        os.utime(tmp_path / old, (time.time() - 3 * 86400,) * 2)
+    await store.expire("images", 2)
+    assert await store.keys("images") == ["images/sha256/" + "b" * 64]
+    assert await store.exists("files/a")
+
+
+async def test_an_s3_server_is_told_how_long_each_folder_is_kept(s3: str):
+    store = open_s3(s3, "kept")
+    await store.prepare()
+    for folder, days in (("images", 7), ("responses", 30), ("images", 2)):
+        await store.expire(folder, days)
+    rules = store.client.get_bucket_lifecycle("kept").rules
+    assert {(rule.rule_filter.prefix, rule.expiration.days) for rule in rules} == {("images/", 2), ("responses/", 30)}
+
+
 async def test_replaces(store: ObjectStore):
     await store.put(KEY, b"old")
     await store.put(KEY, b"new")

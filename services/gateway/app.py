@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from basalt import api_errors as errors
 from basalt.auth import Caller, Guard
-from basalt.object_store import ObjectStore
+from basalt.object_store import IMAGES, ObjectStore, StoreError
 from basalt.record.api_keys import LIMITS
 from basalt.record.database import Sessions, open_database
 from services.gateway.assistants import Assistants
@@ -26,6 +26,7 @@ from services.gateway.settings import Settings
 from services.gateway.telemetry import Telemetry, log_to_stderr
 from services.gateway.vision_client import VisionClient
 
+SWEEP_SECONDS = 3600.0
 KEY_SECONDS = 2.0  # within which a revoked key is refused
 
 
@@ -41,7 +42,9 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.services = services = open_services(settings, store, sessions)
+        sweeping = asyncio.create_task(_forget_images(store, settings.image_days))
         yield
+        sweeping.cancel()
         await services.close()
 
     app = FastAPI(title="Basalt", summary="An OpenAI-compatible gateway to your vision assistants", lifespan=lifespan)
@@ -108,13 +111,14 @@ def open_services(settings: Settings, store: ObjectStore, sessions: Sessions) ->
         connect_seconds=settings.fetch_connect_seconds,
         total_seconds=settings.fetch_seconds,
         private_hosts=settings.allow_private_hosts,
+        allowed_hosts=settings.allow_hosts,
     )
     vision = VisionClient(settings.vision_address, settings.embed_seconds)
     buckets = Buckets(settings.redis_url)
     limits = Limits({name: getattr(settings, name) for name in LIMITS}, buckets)
     return Services(
         settings,
-        ImageIntake(fetcher, limits, store, max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
+        ImageIntake(fetcher, limits, store, settings),
         Assistants(sessions, store, vision),
         vision,
         LLMClient(settings.llm_url, settings.llm_seconds),
@@ -123,6 +127,14 @@ def open_services(settings: Settings, store: ObjectStore, sessions: Sessions) ->
         FairQueue(settings.max_running, settings.max_waiting, settings.wait_seconds),
         Room(settings.max_held_bytes),
     )
+
+
+async def _forget_images(store: ObjectStore, days: int | None) -> None:
+    """Those of requests, when their time is over."""
+    while days is not None:
+        with suppress(StoreError):
+            await store.expire(IMAGES, days)
+        await asyncio.sleep(SWEEP_SECONDS)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import httpcore
 import httpx
@@ -19,6 +20,7 @@ MAX_URL_LENGTH = 8192
 MAX_REDIRECTS = 3
 MAX_ADDRESSES = 4  # of one name, tried in turn
 PORTS = (80, 443, 8080, 8443)
+PER_HOST = 8  # fetches from one host at a time: a slow one must not hold up those from others
 REDIRECTS = (301, 302, 303, 307, 308)
 
 HEADERS = [(b"Accept", b"image/*"), (b"Accept-Encoding", b"identity"), (b"User-Agent", b"basalt")]
@@ -42,6 +44,7 @@ class Fetcher:
         connect_seconds: for one connection.
         total_seconds: for one URL, redirects included.
         private_hosts: hosts, as written in URLs, that may have any address and port.
+        allowed_hosts: where there are any, no others are fetched, but for their subdomains.
         resolve: the name service.
     """
 
@@ -52,8 +55,11 @@ class Fetcher:
         connect_seconds: float,
         total_seconds: float,
         private_hosts: frozenset[str] = frozenset(),
+        allowed_hosts: frozenset[str] = frozenset(),
         resolve: Resolver | None = None,
     ) -> None:
+        self._allowed_hosts = allowed_hosts
+        self._hosts: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._max_bytes = max_bytes
         self._total_seconds = total_seconds
         self._private_hosts = private_hosts
@@ -88,7 +94,8 @@ class Fetcher:
         try:
             async with asyncio.timeout(self._total_seconds):
                 for _ in range(1 + MAX_REDIRECTS):
-                    answer = await self._get(target)
+                    async with self._hosts.setdefault(target.host, asyncio.Semaphore(PER_HOST)):
+                        answer = await self._get(target)
                     if isinstance(answer, bytes):
                         return answer
                     target = self._check(str(answer))
@@ -115,11 +122,17 @@ class Fetcher:
             raise FetchError("the URL must not hold a user name or password")
         if not host:
             raise FetchError("the URL names no host")
+        if self._allowed_hosts and not self._is_allowed(parsed.raw_host.decode()):
+            raise FetchError(f"images of {host} are not fetched here: send the image itself, as a data: URL")
         if port is not None and not 0 < port < 65536:
             raise FetchError("the URL is malformed: ports are 1 to 65535")
         if port is not None and port not in PORTS and parsed.raw_host.decode() not in self._private_hosts:
             raise FetchError(f"port {port} is not allowed: use one of {', '.join(map(str, PORTS))}")
         return parsed
+
+    def _is_allowed(self, host: str) -> bool:
+        host = host.rstrip(".").lower()
+        return any(host == allowed or host.endswith(f".{allowed}") for allowed in self._allowed_hosts)
 
     async def _get(self, url: httpx.URL) -> bytes | httpx.URL:
         """One hop: the body, or where it redirects to."""

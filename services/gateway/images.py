@@ -4,17 +4,21 @@ import asyncio
 import base64
 import binascii
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from basalt.api_errors import bad_request, unavailable
 from basalt.assistants import sha256
 from basalt.auth import Caller
+from basalt.caching import ByteLRU
 from basalt.data.images import ImageError, decode_image
+from basalt.flights import SingleFlight
 from basalt.object_store import ObjectStore, StoreError, image_key
 from services.gateway import telemetry
 from services.gateway.fetch import Fetcher, FetchError, TooLarge
 from services.gateway.limits import Limits
+from services.gateway.settings import Settings
 
 _DATA_URL = re.compile(r"data:[^,]{0,200};base64", re.IGNORECASE)
 
@@ -31,14 +35,15 @@ class StoredImage:
 class ImageIntake:
     """Takes images by URL. `close` at the end."""
 
-    def __init__(
-        self, fetcher: Fetcher, limits: Limits, store: ObjectStore, *, max_bytes: int, max_pixels: int
-    ) -> None:
+    def __init__(self, fetcher: Fetcher, limits: Limits, store: ObjectStore, settings: Settings) -> None:
         self._fetcher = fetcher
         self._limits = limits
         self._store = store
-        self._max_bytes = max_bytes
-        self._max_pixels = max_pixels
+        self._max_bytes = settings.max_image_bytes
+        self._max_pixels = settings.max_pixels
+        self._fresh_seconds = settings.fetched_fresh_seconds
+        self._fetching: SingleFlight[str, bytes] = SingleFlight()
+        self._fetched: ByteLRU[str, tuple[bytes, float]] = ByteLRU(settings.fetched_cache_bytes)  # and until when
         self._threads = ThreadPoolExecutor(2, "images")
 
     async def close(self) -> None:
@@ -58,6 +63,14 @@ class ImageIntake:
             await self._limits.fetch(caller)
             with telemetry.stage("fetch"):
                 data = await self._fetch(url, param)
+        return await self.keep(data, param)
+
+    async def keep(self, data: bytes, param: str) -> StoredImage:
+        """An image by its bytes.
+
+        Raises:
+            APIError: 400 not an image, 503 the object store is down.
+        """
         image_id = await self._run(sha256, data)
         key = image_key(image_id)
         try:
@@ -72,8 +85,16 @@ class ImageIntake:
         return StoredImage(image_id, key, data)
 
     async def _fetch(self, url: str, param: str) -> bytes:
+        """Once for all that ask at the same time, and for a while after."""
+        data, until = self._fetched.get(url) or (b"", 0.0)
+        if time.monotonic() < until:
+            telemetry.FETCHES.labels("cached").inc()
+            return data
         try:
-            return await self._fetcher.get(url)
+            data = await self._fetching.run(url, lambda: self._fetcher.get(url))
+            telemetry.FETCHES.labels("fetched").inc()
+            self._fetched.put(url, (data, time.monotonic() + self._fresh_seconds), len(data))
+            return data
         except TooLarge as error:
             raise bad_request(f"the image is too large: {error}", param, "image_too_large", 413) from None
         except FetchError as error:

@@ -43,17 +43,23 @@ class Settings(StoreSettings, RecordSettings):
 
     # Hosts, as written in URLs, whose images are fetched although their addresses are private. For development.
     allow_private_hosts: Annotated[frozenset[str], NoDecode] = frozenset()
+    # Where given, images of no other hosts are fetched, but of their subdomains.
+    allow_hosts: Annotated[frozenset[str], NoDecode] = frozenset()
     fetch_connect_seconds: float = Field(default=5, gt=0)
     fetch_seconds: float = Field(default=15, gt=0)  # for one image URL, redirects included
 
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"  # at INFO, one line a request
+
+    fetched_fresh_seconds: float = Field(default=60, ge=0)  # that what was fetched is not fetched again
+    fetched_cache_bytes: int = Field(default=64 * MEBI, ge=0)
+    image_days: int | None = Field(default=None, ge=1)  # that images of requests are kept in the object store
 
     body_seconds: float = Field(default=60, gt=0)  # for a client to send its request
     embed_seconds: float = Field(default=30, gt=0)  # for the vision service to answer
     llm_seconds: float = Field(default=300, gt=0)  # of silence from the LLM service
     drain_seconds: int = Field(default=20, ge=0)  # that SIGTERM leaves to running answers
 
-    @field_validator("allow_private_hosts", mode="before")
+    @field_validator("allow_private_hosts", "allow_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """A comma-separated list."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from basalt.assistants import Assistant, TowerSpec, sha256
+from basalt.caching import ByteLRU
 from basalt.catalog import Catalog
 from basalt.data.images import ImageError, decode_image
 from basalt.flights import SingleFlight
@@ -22,7 +23,6 @@ from basalt.model.vision_encoder import VisionEncoder, load_vision_encoder
 from basalt.object_store import ObjectNotFound, ObjectStore, image_id_of_key, image_key
 from services.vision import metrics
 from services.vision.batcher import Batcher
-from services.vision.caching import ByteLRU
 from services.vision.settings import Settings
 from services.vision.shared_cache import SharedCache
 

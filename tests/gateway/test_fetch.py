@@ -5,16 +5,17 @@ import datetime
 import ssl
 import time
 from pathlib import Path
+from typing import Any
 
 import httpcore
 import pytest
 
 from services.gateway.fetch import (
     MAX_REDIRECTS,
+    PER_HOST,
     Fetcher,
     FetchError,
     GuardedBackend,
-    Resolver,
     TooLarge,
     is_public,
 )
@@ -24,9 +25,9 @@ LOCAL = frozenset({"127.0.0.1"})
 PUBLIC = "93.184.216.34"
 
 
-def fetcher(*, private_hosts: frozenset[str] = LOCAL, resolve: Resolver | None = None, seconds: float = 60) -> Fetcher:
+def fetcher(*, private_hosts: frozenset[str] = LOCAL, seconds: float = 60, **options: Any) -> Fetcher:
     return Fetcher(
-        max_bytes=1000, connect_seconds=seconds / 2, total_seconds=seconds, private_hosts=private_hosts, resolve=resolve
+        max_bytes=1000, connect_seconds=seconds / 2, total_seconds=seconds, private_hosts=private_hosts, **options
     )
 
 
@@ -431,3 +432,44 @@ async def test_https_dials_the_address_and_verifies_the_name(tmp_path: Path, mon
         assert "cannot be reached" in await refusal(url(server, "other.test"), resolve=resolve, private_hosts=both)
     assert names == ["images.test", "images.test", "other.test"]
     assert [head.split("\r\n")[1] for head in server.heads] == [f"Host: images.test:{server.port}"]
+
+
+ALLOWED = {"allowed_hosts": frozenset({"images.test", "127.0.0.1"})}
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["images.test.evil.test", "evilimages.test", "evil.test", "93.184.216.34", "images.test.", "cdn.images.test"],
+)
+async def test_with_an_allow_list_no_other_hosts_are_fetched(host: str):
+    async def resolve(host: str, port: int) -> list[str]:
+        raise OSError("asked for")
+
+    told = await refusal(f"http://{host}/a.png", resolve=resolve, **ALLOWED)
+    allowed = host.rstrip(".").endswith("images.test") and not host.startswith("evil")
+    assert ("there is no host" in told) == allowed
+    assert ("not fetched here" in told) != allowed
+
+
+async def test_an_allow_list_holds_at_each_redirect():
+    async with web(redirect("http://evil.test/a.png")) as server:
+        assert "not fetched here" in await refusal(server.url(), **ALLOWED)
+
+
+async def test_a_slow_host_does_not_hold_up_others():
+    async def hang(_: str, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(600)
+
+    opened = fetcher(private_hosts=frozenset({"127.0.0.1", "localhost"}))
+    try:
+        async with web(hang) as slow, web(answer(b"picture")) as quick:
+            waiting = [asyncio.create_task(opened.get(slow.url(f"/{n}"))) for n in range(40)]
+            while len(slow.heads) < PER_HOST:  # noqa: ASYNC110 (there is no event to wait for)
+                await asyncio.sleep(0.01)
+            assert await asyncio.wait_for(opened.get(quick.url(host="localhost")), 20) == b"picture"
+            assert len(slow.heads) == PER_HOST
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+    finally:
+        await opened.close()
