@@ -54,7 +54,7 @@ def unavailable(service: str, why: str = "is not available") -> APIError:
 
 def timed_out(service: str, seconds: float) -> APIError:
     return APIError(
-        504,
+        503,
         f"the {service} service did not answer within {seconds:g} seconds: try again, or ask for less",
         type="server_error",
         code=f"{service}_timeout",

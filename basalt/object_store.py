@@ -1,7 +1,7 @@
 """Where images and everything large live: a directory, or a bucket of any S3 server (MinIO).
 
 Keys are paths of plain names (`images/sha256/<hex>`); values are whole objects, written at once. Only
-portable S3 is used: put, get, stat, list.
+portable S3 is used: put, get, stat, list, delete, and rules of how long objects are kept.
 """
 
 import asyncio
@@ -89,6 +89,10 @@ class ObjectStore(Protocol):
         """
         ...
 
+    async def delete(self, key: str) -> None:
+        """Away with an object, if it is there."""
+        ...
+
     async def prepare(self) -> None:
         """Makes the store itself, a directory or a bucket, unless it is there."""
         ...
@@ -125,6 +129,9 @@ class DirectoryStore:
 
     async def get_file(self, key: str, path: Path) -> None:
         await asyncio.to_thread(self._get_file, self._path(key), path)
+
+    async def delete(self, key: str) -> None:
+        await asyncio.to_thread(self._path(key).unlink, missing_ok=True)
 
     async def prepare(self) -> None:
         await self.put(PROBE, b"")
@@ -195,6 +202,9 @@ class MinioStore:
 
     async def get_file(self, key: str, path: Path) -> None:
         await asyncio.to_thread(self._get_file, check_key(key), path)
+
+    async def delete(self, key: str) -> None:
+        await asyncio.to_thread(self._delete, check_key(key))
 
     async def prepare(self) -> None:
         await asyncio.to_thread(self._prepare)
@@ -268,6 +278,12 @@ class MinioStore:
                 return False
             raise self._unavailable(error) from error
         return True
+
+    def _delete(self, key: str) -> None:
+        try:
+            self.client.remove_object(self.bucket, key)
+        except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
+            raise self._unavailable(error) from error
 
     def _keys(self, folder: str) -> list[str]:
         try:

@@ -81,6 +81,13 @@ async def test_gives_back_what_was_put(store: ObjectStore, data: bytes):
     assert await store.exists(KEY)
 
 
+async def test_what_is_deleted_is_gone(store: ObjectStore):
+    await store.put("files/a", b"a")
+    await store.delete("files/a")
+    assert not await store.exists("files/a")
+    await store.delete("files/a")
+
+
 async def test_replaces(store: ObjectStore):
     await store.put(KEY, b"old")
     await store.put(KEY, b"new")

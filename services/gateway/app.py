@@ -120,17 +120,15 @@ def open_services(settings: Settings, store: ObjectStore, record: Reader) -> Ser
         connect_seconds=settings.fetch_connect_seconds,
         total_seconds=settings.fetch_seconds,
         max_per_host=settings.fetches_per_host,
-        domains=settings.fetch_domains,
         private_hosts=settings.allow_private_hosts,
+        allowed_hosts=settings.allow_hosts,
     )
     images = ImageIntake(
         CachedFetcher(fetcher, settings.fetch_cache_bytes),
         Decoders(settings.decode_processes, settings.decode_memory_bytes, settings.decode_seconds),
         limits,
         store,
-        max_bytes=settings.max_image_bytes,
-        max_pixels=settings.max_pixels,
-        store_seconds=settings.store_seconds,
+        settings,
     )
     vision = VisionClient(settings.vision_address, settings.embed_seconds)
     return Services(

@@ -84,7 +84,7 @@ class Assistants:
         """The assistants there are: those of the vision service's own directory, and the registry's.
 
         Raises:
-            APIError: 503, 504.
+            APIError: 503.
         """
         names = {each.name for each in await self._vision.assistants()}
         with suppress(StoreUnavailable):

@@ -96,8 +96,8 @@ class Fetcher:
         connect_seconds: for one connection.
         total_seconds: for one URL, redirects included.
         max_per_host: requests to one host at a time; the others wait within their `total_seconds`.
-        domains: where this names any, only they and what is under them are fetched.
         private_hosts: hosts, as written in URLs, that may have any address and port.
+        allowed_hosts: where this names any, only they and their subdomains are fetched.
         resolve: the name service.
         dialler: what connects to an address that has been checked.
     """
@@ -109,15 +109,15 @@ class Fetcher:
         connect_seconds: float,
         total_seconds: float,
         max_per_host: int = 8,
-        domains: frozenset[str] = frozenset(),
         private_hosts: frozenset[str] = frozenset(),
+        allowed_hosts: frozenset[str] = frozenset(),
         resolve: Resolver | None = None,
         dialler: httpcore.AsyncNetworkBackend | None = None,
     ) -> None:
         self._max_bytes = max_bytes
         self._total_seconds = total_seconds
         self._hosts = Places(max_per_host)
-        self._domains = domains
+        self._allowed_hosts = allowed_hosts
         self._private_hosts = private_hosts
         self._timeouts = {
             "connect": connect_seconds,
@@ -183,8 +183,8 @@ class Fetcher:
         if port is not None and not 0 < port < 65536:
             raise FetchError("the URL is malformed: ports are 1 to 65535")
         name = parsed.raw_host.decode()
-        if self._domains and name not in self._private_hosts and not _is_under(name, self._domains):
-            raise FetchError(f"{host} is not among the domains that images are fetched from")
+        if self._allowed_hosts and name not in self._private_hosts and not _is_under(name, self._allowed_hosts):
+            raise FetchError(f"images of {host} are not fetched here: send the image itself, as a data: URL")
         if port is not None and port not in PORTS and name not in self._private_hosts:
             raise FetchError(f"port {port} is not allowed: use one of {', '.join(map(str, PORTS))}")
         return parsed

@@ -5,7 +5,7 @@ import base64
 import binascii
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -22,6 +22,7 @@ from services.gateway import telemetry
 from services.gateway.decoding import Decoders
 from services.gateway.fetch import CachedFetcher, FetchError, TooLarge
 from services.gateway.limits import Limits
+from services.gateway.settings import Settings
 
 T = TypeVar("T")
 
@@ -46,23 +47,15 @@ class ImageIntake:
     """Takes images by URL. `close` at the end."""
 
     def __init__(
-        self,
-        fetcher: CachedFetcher,
-        decoders: Decoders,
-        limits: Limits,
-        store: ObjectStore,
-        *,
-        max_bytes: int,
-        max_pixels: int,
-        store_seconds: float,
+        self, fetcher: CachedFetcher, decoders: Decoders, limits: Limits, store: ObjectStore, settings: Settings
     ) -> None:
         self._fetcher = fetcher
         self._decoders = decoders
         self._limits = limits
         self._store = store
-        self._max_bytes = max_bytes
-        self._max_pixels = max_pixels
-        self._store_seconds = store_seconds
+        self._max_bytes = settings.max_image_bytes
+        self._max_pixels = settings.max_pixels
+        self._store_seconds = settings.store_seconds
         self._asking = Breaker("object store", (StoreUnavailable,), PAUSE_SECONDS)
         self._stored: ByteLRU[str, float] = ByteLRU(MAX_REMEMBERED)  # until when what is stored is not asked for
         self._storing: SingleFlight[str, None] = SingleFlight()
@@ -86,6 +79,14 @@ class ImageIntake:
         else:
             telemetry.IMAGES.labels("url").inc()
             data = self._fetcher.cached(url) or await self._fetch(url, param, caller)
+        return await self.keep(data, param)
+
+    async def keep(self, data: bytes, param: str) -> StoredImage:
+        """An image by its bytes.
+
+        Raises:
+            APIError: 400 not an image, 503 the object store is down.
+        """
         image_id = await self._off_loop(len(data), sha256, data)
         key = image_key(image_id)
         try:
@@ -101,13 +102,16 @@ class ImageIntake:
     async def _check_and_store(self, key: str, data: bytes) -> None:
         """What is stored was checked when it was stored: images of earlier turns come again and again."""
         with telemetry.stage("store"):
-            there = await self._asking.run(lambda: self._store.exists(key), self._store_seconds)
+            there = await self._ask_store(lambda: self._store.exists(key))
         if there:
             return
         with telemetry.stage("decode"):
             await self._decoders.check(data, self._max_pixels)
         with telemetry.stage("store"):
-            await self._asking.run(lambda: self._store.put(key, data), self._store_seconds)
+            await self._ask_store(lambda: self._store.put(key, data))
+
+    async def _ask_store(self, call: Callable[[], Awaitable[T]]) -> T:
+        return await self._asking.run(call, self._store_seconds)
 
     async def _fetch(self, url: str, param: str, caller: Caller) -> bytes:
         await self._limits.fetch(caller)

@@ -63,7 +63,7 @@ class LLMClient:
 
         Raises:
             HandoffMissed: embeddings it was referred to are not there.
-            APIError: what the service refused (its own 4xx); 502, 503, 504.
+            APIError: what the service refused (its own 4xx); 502, 503.
         """
         record = telemetry.record()
         # Clients may use an id twice; to the service it must be one request's.

@@ -41,10 +41,10 @@ class Settings(StoreSettings, RecordSettings):
     max_image_bytes: int = Field(default=10 * MEBI, ge=1)
     max_pixels: int = Field(default=MAX_PIXELS, ge=1)
 
-    # Domains, with what is under them, that images are fetched from; all where none is named. Checked on every hop.
-    fetch_domains: Annotated[frozenset[str], NoDecode] = frozenset()
     # Hosts, as written in URLs, whose images are fetched although their addresses are private. For development.
     allow_private_hosts: Annotated[frozenset[str], NoDecode] = frozenset()
+    # Where given, images of no other hosts are fetched, but of their subdomains. It holds for redirects too.
+    allow_hosts: Annotated[frozenset[str], NoDecode] = frozenset()
     fetch_connect_seconds: float = Field(default=5, gt=0)
     fetch_seconds: float = Field(default=15, gt=0)  # for one image URL, redirects included
     fetches_per_host: int = Field(default=8, ge=1)  # at a time
@@ -64,7 +64,7 @@ class Settings(StoreSettings, RecordSettings):
     llm_seconds: float = Field(default=300, gt=0)  # of silence from the LLM service
     drain_seconds: int = Field(default=20, ge=0)  # that SIGTERM leaves to running answers
 
-    @field_validator("allow_private_hosts", "fetch_domains", mode="before")
+    @field_validator("allow_private_hosts", "allow_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         """A comma-separated list."""

@@ -2,6 +2,7 @@
 
 import base64
 import logging
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ log = logging.getLogger("basalt.gateway")
 SERVICE = vision_pb2.DESCRIPTOR.services_by_name["Vision"].full_name
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one image's visual tokens: 729 × 4096 float32 are 12 MB
 LIST_SECONDS = 5.0  # for calls that compute nothing
+MAX_REMEMBERED = 100_000  # images by assistant whose embeddings were left in the hand-off directory
+AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -62,6 +65,7 @@ class VisionClient:
         self._stub = vision_pb2_grpc.VisionStub(self._channel)
         self._check_health = health_pb2_grpc.HealthStub(self._channel).Check  # pyright: ignore[reportAttributeAccessIssue]
         self._known: dict[str, vision_pb2.AssistantInfo] = {}
+        self._left: OrderedDict[tuple[str, str], str] = OrderedDict()  # model and image → digest
 
     async def close(self) -> None:
         await self._channel.close()
@@ -78,7 +82,7 @@ class VisionClient:
         """The assistants being served.
 
         Raises:
-            APIError: 503, 504.
+            APIError: 503.
         """
         try:
             answer = await self._stub.ListAssistants(vision_pb2.ListAssistantsRequest(), timeout=LIST_SECONDS)
@@ -93,32 +97,28 @@ class VisionClient:
         It is asked only about a name it has not told before, so text-only chat lives on without it.
 
         Raises:
-            APIError: 503, 504.
+            APIError: 503.
         """
         if name not in self._known:
             await self.assistants()
         return self._known[name].version if name in self._known else None
 
     async def embed(self, model: str, image: StoredImage, param: str, *, by_reference: bool) -> VisualTokens:
-        """The visual tokens of an image for an assistant.
+        """The visual tokens of an image for an assistant. While the service is away, those it has left in the hand-off
+        directory before are referred to: they may still be there.
 
         Args:
             by_reference: leave them in the hand-off directory where they lie there.
 
         Raises:
-            APIError: 400 not decodable, 404 no such assistant, 502, 503, 504.
+            APIError: 400 not decodable, 404 no such assistant, 502, 503.
         """
-        by_key = vision_pb2.EmbedRequest(assistant=model, object_key=image.key, by_reference=by_reference)
-        by_bytes = vision_pb2.EmbedRequest(assistant=model, image_bytes=image.data, by_reference=by_reference)
         try:
-            try:
-                answer = await self._stub.Embed(by_key, timeout=self._embed_seconds)
-            except grpc.aio.AioRpcError as error:
-                if error.code() != grpc.StatusCode.NOT_FOUND:
-                    raise
-                # The service may have another object store than ours; the bytes serve as well.
-                answer = await self._stub.Embed(by_bytes, timeout=self._embed_seconds)
+            answer = await self._ask(model, image, by_reference)
         except grpc.aio.AioRpcError as error:
+            left = self._left.get((model, image.id)) if by_reference and error.code() in AWAY else None
+            if left is not None:
+                return VisualTokens(left, "embeddings", None)
             if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
                 raise bad_request(error.details() or "the image cannot be used", param, "invalid_image") from None
             if error.code() == grpc.StatusCode.NOT_FOUND:
@@ -129,9 +129,28 @@ class VisionClient:
         if answer.dtype not in DTYPES or len(answer.shape) != 2:
             log.error("vision answered with dtype %r and shape %s", answer.dtype, answer.shape)
             raise failed("vision")
-        blob = Blob(answer.data, (answer.shape[0], answer.shape[1]), answer.dtype) if answer.data else None
         cached = vision_pb2.Cached.Name(answer.cached).removeprefix("CACHED_").lower()
-        return VisualTokens(answer.digest, cached, blob)
+        if not answer.data:
+            self._remember(model, image.id, answer.digest)
+            return VisualTokens(answer.digest, cached, None)
+        return VisualTokens(answer.digest, cached, Blob(answer.data, (answer.shape[0], answer.shape[1]), answer.dtype))
+
+    async def _ask(self, model: str, image: StoredImage, by_reference: bool) -> vision_pb2.EmbedResponse:
+        by_key = vision_pb2.EmbedRequest(assistant=model, object_key=image.key, by_reference=by_reference)
+        by_bytes = vision_pb2.EmbedRequest(assistant=model, image_bytes=image.data, by_reference=by_reference)
+        try:
+            return await self._stub.Embed(by_key, timeout=self._embed_seconds)
+        except grpc.aio.AioRpcError as error:
+            if error.code() != grpc.StatusCode.NOT_FOUND:
+                raise
+            # The service may have another object store than ours; the bytes serve as well.
+            return await self._stub.Embed(by_bytes, timeout=self._embed_seconds)
+
+    def _remember(self, model: str, image_id: str, digest: str) -> None:
+        self._left[model, image_id] = digest
+        self._left.move_to_end((model, image_id))
+        if len(self._left) > MAX_REMEMBERED:
+            self._left.popitem(last=False)
 
 
 def _told(error: grpc.aio.AioRpcError, seconds: float) -> APIError:

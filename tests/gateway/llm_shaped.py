@@ -21,7 +21,6 @@ TOO_LONG = "This model's maximum context length is 512 tokens. However, you requ
 
 
 def is_reference(part: Any) -> bool:
-    """This machine sees no hand-off directory."""
     return isinstance(part, dict) and str(part.get("image_embeds")).startswith("sha256:")
 
 
@@ -33,6 +32,7 @@ def vllm_error(message: str, status: int, param: str = "input_tokens") -> JSONRe
 @dataclass
 class LLMShaped:
     bodies: list[dict[str, Any]] = field(default_factory=list)  # of the requests so far
+    sees_handoff: bool = False
     given_up: int = 0  # requests whose client went before the answer was whole
 
     def app(self) -> Starlette:
@@ -41,7 +41,9 @@ class LLMShaped:
 
     async def _chat(self, request: Request) -> Response:
         body = await request.json()
-        if any(is_reference(part) for message in body["messages"] for part in message.get("content") or []):
+        if not self.sees_handoff and any(
+            is_reference(part) for message in body["messages"] for part in message.get("content") or []
+        ):
             return vllm_error("no embeddings lie there", 400, MISSED)
         self.bodies.append(body)
         content = body["messages"][-1].get("content")

@@ -301,7 +301,7 @@ async def local(host: str, port: int) -> list[str]:
         ("93.184.216.34", False),
     ],
 )
-async def test_where_domains_are_named_only_they_are_fetched(host: str, fetched: bool):
+async def test_where_hosts_are_named_only_they_are_fetched(host: str, fetched: bool):
     class Dialler(httpcore.AsyncNetworkBackend):
         async def connect_tcp(self, host: str, *_: object) -> httpcore.AsyncNetworkStream:
             dialled.append(host)
@@ -311,16 +311,16 @@ async def test_where_domains_are_named_only_they_are_fetched(host: str, fetched:
         return [PUBLIC]
 
     dialled: list[str] = []
-    domains = frozenset({"example.com"})
-    said = await refusal(f"http://{host}/a", domains=domains, resolve=resolve, dialler=Dialler())
+    allowed = frozenset({"example.com"})
+    said = await refusal(f"http://{host}/a", allowed_hosts=allowed, resolve=resolve, dialler=Dialler())
     assert dialled == ([PUBLIC] if fetched else [])
-    assert ("not among the domains" in said) == (not fetched)
+    assert ("not fetched here" in said) == (not fetched)
 
 
-async def test_domains_hold_for_every_hop():
+async def test_an_allow_list_holds_at_each_redirect():
     async with web(redirect("http://elsewhere.test:8080/")) as server:
-        said = await refusal(server.url(), domains=frozenset({"example.com"}), resolve=local)
-    assert "elsewhere.test is not among the domains" in said and len(server.heads) == 1
+        said = await refusal(server.url(), allowed_hosts=frozenset({"example.com"}), resolve=local)
+    assert "images of elsewhere.test are not fetched here" in said and len(server.heads) == 1
 
 
 def cached(size: int = 10_000, **options: Any) -> CachedFetcher:
@@ -569,3 +569,22 @@ async def test_https_dials_the_address_and_verifies_the_name(tmp_path: Path, mon
         assert "cannot be reached" in await refusal(url(server, "other.test"), resolve=resolve, private_hosts=both)
     assert names == ["images.test", "images.test", "other.test"]
     assert [head.split("\r\n")[1] for head in server.heads] == [f"Host: images.test:{server.port}"]
+
+
+async def test_a_slow_host_does_not_hold_up_others():
+    async def hang(_: str, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(600)
+
+    opened = fetcher(private_hosts=frozenset({"127.0.0.1", "localhost"}))
+    try:
+        async with web(hang) as slow, web(answer(b"picture")) as quick:
+            waiting = [asyncio.create_task(opened.get(slow.url(f"/{n}"))) for n in range(40)]
+            while len(slow.heads) < 8:  # noqa: ASYNC110 (there is no event to wait for)
+                await asyncio.sleep(0.01)
+            assert (await asyncio.wait_for(opened.get(quick.url(host="localhost")), 20)).body == b"picture"
+            assert len(slow.heads) == 8
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+    finally:
+        await opened.close()

@@ -26,6 +26,7 @@ from services.gateway.decoding import Decoders
 from services.gateway.fetch import CachedFetcher, Fetcher
 from services.gateway.images import ImageIntake
 from services.gateway.limits import Buckets, Limits
+from services.gateway.settings import Settings
 from tests.gateway.test_fetch import PRIVATE_ADDRESSES, PUBLIC
 from tests.gateway.web import Handler, Web, answer, redirect, web
 from tests.tiny import picture
@@ -87,9 +88,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[Callable[..., Intake]]:
             Decoders(1, memory, seconds),
             Limits(limits, Buckets(None)),
             store,
-            max_bytes=MAX_BYTES,
-            max_pixels=pixels,
-            store_seconds=10,
+            Settings(max_image_bytes=MAX_BYTES, max_pixels=pixels),
         )
         running.append(intake)
         return Intake(intake.take, dialler, store)
@@ -482,15 +481,8 @@ async def test_an_object_store_that_is_frozen_is_waited_for_once(tmp_path: Path)
     asked: list[str] = []
     decoders, limits = Decoders(1, 1 << 30, 30), Limits({}, Buckets(None))
     fetcher = Fetcher(max_bytes=MAX_BYTES, connect_seconds=1, total_seconds=1)
-    intake = ImageIntake(
-        CachedFetcher(fetcher, 0),
-        decoders,
-        limits,
-        Frozen(tmp_path),
-        max_bytes=MAX_BYTES,
-        max_pixels=MAX_PIXELS,
-        store_seconds=0.3,
-    )
+    settings = Settings(max_image_bytes=MAX_BYTES, store_seconds=0.3)
+    intake = ImageIntake(CachedFetcher(fetcher, 0), decoders, limits, Frozen(tmp_path), settings)
     began = time.monotonic()
     for _ in range(5):
         with pytest.raises(APIError, match="object store") as refused:
