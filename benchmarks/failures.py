@@ -10,9 +10,11 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,19 +23,19 @@ from typing import Annotated, Any
 import httpx
 import psutil
 import typer
-from servers import Server, Weights, make_weights, start_basalt
+from servers import Server, Weights, free_ports, make_weights, start_basalt
 from serving import QUESTIONS, Images, about
 
 from basalt.assistants import MANIFEST, Manifest, load_assistant, seal
-from basalt.object_store import DirectoryStore
+from basalt.object_store import ObjectStore, StoreUnavailable, open_object_store
 from basalt.record.aliases import get_alias, roll_back, set_alias
 from basalt.record.canaries import end_canary, set_canary
 from basalt.record.database import open_database
 from basalt.registry import publish
 
-EMBED_SECONDS, LLM_SECONDS = 8, 24  # the gateway's deadlines
-DEADLINES = {"vision": EMBED_SECONDS, "llm": LLM_SECONDS, "redis": EMBED_SECONDS}
-NEEDS = {"vision": {"new", "seen"}, "llm": {"text", "new", "seen"}, "redis": set[str]()}
+EMBED_SECONDS, LLM_SECONDS, STORE_SECONDS = 8, 24, 8  # the gateway's deadlines
+DEADLINES = {"vision": EMBED_SECONDS, "llm": LLM_SECONDS, "redis": EMBED_SECONDS, "store": STORE_SECONDS}
+NEEDS = {"vision": {"new"}, "llm": {"text", "new", "seen"}, "redis": set[str](), "store": {"new"}}
 KINDS = ("text", "new", "seen")
 
 
@@ -98,8 +100,32 @@ class Load:
         return float("inf")
 
 
-async def fault(server: Server, name: str, how: str, hold: float) -> dict[str, Any]:
-    """Kills or freezes a service for `hold` seconds under load."""
+def start_store(var: Path) -> Server:
+    """An S3 server. It keeps its objects in memory: killed, it loses them."""
+    (port,) = free_ports(1)
+    server = Server(f"http://127.0.0.1:{port}", "", 0)
+    command = [sys.executable, "-m", "moto.server", "-p", str(port)]
+    server.start("store", command, dict(os.environ), var / "store.log", os.cpu_count() or 1)
+    return server
+
+
+def prepare_store(url: str) -> ObjectStore:
+    """The store, once it answers, with its bucket."""
+    store = open_object_store("s3://basalt", endpoint=url, access_key="key", secret_key="secret")
+    while True:
+        try:
+            asyncio.run(store.prepare())
+            return store
+        except StoreUnavailable:
+            time.sleep(0.5)
+
+
+async def fault(server: Server, name: str, how: str, hold: float, prepare: Callable[[], object]) -> dict[str, Any]:
+    """Kills or freezes a service for `hold` seconds under load.
+
+    Args:
+        prepare: what is done when it was started again.
+    """
     async with Load(server, server.model) as load:
         await load.all_kinds_answered(time.monotonic())
         family = server.family(name)
@@ -113,6 +139,7 @@ async def fault(server: Server, name: str, how: str, hold: float) -> dict[str, A
                 process.send_signal(signal.SIGCONT)
         if how == "kill":
             server.start_again(name)
+            await asyncio.to_thread(prepare)
         mended = time.monotonic()
         recovered = await load.all_kinds_answered(mended)
         during = [r for r in load.results if r.at + r.seconds > broken and r.at < mended]
@@ -125,14 +152,14 @@ async def fault(server: Server, name: str, how: str, hold: float) -> dict[str, A
         "recovered_s": round(recovered, 1),
         "as_wanted": {r.kind for r in failed} <= NEEDS[name]
         and {r.status for r in failed} <= {503}
-        and max((r.seconds for r in failed), default=0) < LLM_SECONDS + EMBED_SECONDS
+        and max((r.seconds for r in failed), default=0) < DEADLINES[name] + EMBED_SECONDS
         and recovered < 600,
     }
     print(f"{how:<7} {name:<7} {told}", flush=True)
     return told
 
 
-def two_versions(weights: Weights, var: Path, store: DirectoryStore) -> list[str]:
+def two_versions(weights: Weights, var: Path, store: ObjectStore) -> list[str]:
     """An assistant `watched` with two versions in the registry: what lora-1 and lora-2 are."""
     found = []
     for source in ("lora-1", "lora-2"):
@@ -191,16 +218,25 @@ def main(
     hold = 8.0 if quick else 20.0
     with ExitStack() as stack:
         var = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        deadlines = {"BASALT_GATEWAY_EMBED_SECONDS": str(EMBED_SECONDS), "BASALT_GATEWAY_LLM_SECONDS": str(LLM_SECONDS)}
-        server = start_basalt(weights, var, cores, "lora-1", **deadlines)
+        deadlines = {"EMBED": EMBED_SECONDS, "LLM": LLM_SECONDS, "STORE": STORE_SECONDS}
+        settings = {f"BASALT_GATEWAY_{name}_SECONDS": str(value) for name, value in deadlines.items()}
+        s3 = start_store(var)
+        stack.callback(s3.stop)
+        names = {"ENDPOINT": s3.url, "ACCESS_KEY": "key", "SECRET_KEY": "secret"}
+        settings |= {"BASALT_STORE": "s3://basalt"} | {f"BASALT_S3_{name}": value for name, value in names.items()}
+        store = prepare_store(s3.url)
+        server = start_basalt(weights, var, cores, "lora-1", **settings)
         stack.callback(server.stop)
-        versions = two_versions(weights, var, DirectoryStore(var / "objects"))
+        server.processes["store"], server.starts["store"] = s3.processes.pop("store"), s3.starts["store"]
+        versions = two_versions(weights, var, store)
         found: dict[str, Any] = {
             "promotion": asyncio.run(promotion(server, f"sqlite:///{var / 'basalt.db'}", versions, hold))
         }
+        prepare = {"store": lambda: prepare_store(s3.url)}
         for name in NEEDS:
             for how in ("kill", "freeze"):
-                found[f"{how} {name}"] = asyncio.run(fault(server, name, how, DEADLINES[name] + 4))
+                ready = prepare.get(name, lambda: None)
+                found[f"{how} {name}"] = asyncio.run(fault(server, name, how, DEADLINES[name] + 4, ready))
     reached = not found["promotion"]["failed"] and all(each.get("as_wanted", True) for each in found.values())
     load = round(os.getloadavg()[0], 1)
     print(json.dumps({"benchmark": "failures", "cores": cores, "load_average": load, **found, "reached": reached}))

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from fastapi import Request, Response
 
-from basalt.api_errors import bad_request
+from basalt.api_errors import bad_request, failed
 from basalt.auth import Caller
 from services.gateway import telemetry
 from services.gateway.assistants import Assistants
@@ -69,23 +69,37 @@ async def answer(chat: ChatRequest, caller: Caller, services: Services) -> Respo
     record = telemetry.record()
     version = await services.assistants.resolve(chat.model, chat.body)
     record.assistant, record.images = version.partition("@")[0], len(chat.images)
+    chat = chat.for_version(version)
+    images = await _take_images(chat, caller, services)  # before its turn: others' need not wait for slow URLs
     with telemetry.stage("queue"):
         turn = services.queue.turn(caller.id, services.limits.of(caller, "concurrent_requests"))
         await record.held.enter_async_context(turn)
     record.held.push_async_callback(_count_tokens, record, caller, services.limits)
-    chat = chat.for_version(version)
-    images = await _take_images(chat, caller, services)
-    try:
-        with telemetry.stage("vision"):
-            cached = await _replace_images(chat, images, services, by_reference=services.llm.sees_handoff())
-        response = await services.llm.chat(chat.encode(), show_usage=chat.wants_usage)
-    except HandoffMissed:
-        cached = await _replace_images(chat, images, services, by_reference=False)
-        response = await services.llm.chat(chat.encode(), show_usage=chat.wants_usage)
+    response, cached = await _ask(chat, images, services)
     response.headers[VERSION_HEADER] = version
     if cached:
         response.headers[CACHE_HEADER] = ", ".join(cached)
     return response
+
+
+async def _ask(chat: ChatRequest, images: dict[str, StoredImage], services: Services) -> tuple[Response, list[str]]:
+    """The answer, and what of each image in order was cached.
+
+    References that are remembered of earlier requests may lead nowhere by now: then the vision service is asked. Where
+    what it has just left is not found either, the LLM service looks elsewhere, and embeddings go along.
+    """
+    while True:
+        by_reference = services.llm.sees_handoff()
+        with telemetry.stage("vision"):
+            tokens = await _replace_images(chat, images, services, by_reference=by_reference)
+        try:
+            response = await services.llm.chat(chat.encode(), show_usage=chat.wants_usage)
+            return response, [each.cached for each in tokens]
+        except HandoffMissed:
+            if not by_reference:
+                raise failed("llm") from None
+            if not services.vision.forget(chat.model, tokens):
+                services.llm.hand_inline()
 
 
 async def _count_tokens(record: Record, caller: Caller, limits: Limits) -> None:
@@ -95,14 +109,17 @@ async def _count_tokens(record: Record, caller: Caller, limits: Limits) -> None:
 async def _take_images(chat: ChatRequest, caller: Caller, services: Services) -> dict[str, StoredImage]:
     """The request's images by URL, all fetched at the same time, equal URLs once."""
     first_of_url = {part.url: part for part in reversed(chat.images)}
-    taken = [services.images.take(url, part.param, caller) for url, part in first_of_url.items()]
-    return dict(zip(first_of_url, await _all(taken), strict=True))
+    taken = await _all([services.images.take(url, part.param, caller) for url, part in first_of_url.items()])
+    size = sum(len(image.data) for image in taken)
+    services.room.take(size)
+    telemetry.record().held.callback(services.room.give_back, size)
+    return dict(zip(first_of_url, taken, strict=True))
 
 
 async def _replace_images(
     chat: ChatRequest, images: dict[str, StoredImage], services: Services, *, by_reference: bool
-) -> list[str]:
-    """Puts visual tokens where the images were; returns what of each image, in order, was cached."""
+) -> list[VisualTokens]:
+    """Puts visual tokens where the images were; returns those of each image, in order."""
     param_of_url = {part.url: part.param for part in reversed(chat.images)}
     embedded = [
         services.vision.embed(chat.model, images[url], param, by_reference=by_reference)
@@ -111,7 +128,7 @@ async def _replace_images(
     tokens: dict[str, VisualTokens] = dict(zip(param_of_url, await _all(embedded), strict=True))
     for part in chat.images:
         part.replace(tokens[part.url].part())
-    return [tokens[part.url].cached for part in chat.images]
+    return [tokens[part.url] for part in chat.images]
 
 
 async def _all(work: Sequence[Coroutine[None, None, T]]) -> list[T]:

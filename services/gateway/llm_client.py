@@ -25,7 +25,7 @@ INLINE_SECONDS = 60.0  # after a reference was not found, embeddings go along wi
 
 class HandoffMissed(Exception):
     """The LLM service does not find embeddings that the vision service has left in the hand-off directory: it is
-    another machine's, or they had to go. They must go along with the request."""
+    another machine's, or they had to go."""
 
 
 class LLMClient:
@@ -53,6 +53,10 @@ class LLMClient:
     def sees_handoff(self) -> bool:
         """Whether references are worth trying."""
         return time.monotonic() >= self._inline_until
+
+    def hand_inline(self) -> None:
+        """For a while they are not."""
+        self._inline_until = time.monotonic() + INLINE_SECONDS
 
     async def chat(self, body: bytes, *, show_usage: bool) -> Response:
         """The service's answer: its JSON, or its event stream byte for byte as it comes.
@@ -85,7 +89,6 @@ class LLMClient:
             record.used(_usage(content))
             return Response(content, media_type="application/json")
         if (_error_of(content) or {}).get("param") == MISSED:
-            self._inline_until = time.monotonic() + INLINE_SECONDS
             raise HandoffMissed
         raise _refusal(upstream.status_code, content)
 

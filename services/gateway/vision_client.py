@@ -2,7 +2,9 @@
 
 import base64
 import logging
+import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,9 @@ SERVICE = vision_pb2.DESCRIPTOR.services_by_name["Vision"].full_name
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024  # of one image's visual tokens: 729 × 4096 float32 are 12 MB
 LIST_SECONDS = 5.0  # for calls that compute nothing
 MAX_REMEMBERED = 100_000  # images by assistant whose embeddings were left in the hand-off directory
+# … after which the service is asked again, so that it knows what is used and lets it lie.
+REMEMBERED_SECONDS = 30.0
+AWAY_SECONDS = 5.0  # that a service which was away is not asked for what is remembered
 AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 CHANNEL_OPTIONS = [
@@ -41,12 +46,15 @@ class VisualTokens:
 
     Attributes:
         blob: None where the LLM service is to take it from that directory.
+        remembered: the service was not asked; it may have gone meanwhile.
         cached: "embeddings", "features" or "nothing": the furthest of what was there already.
     """
 
+    image_id: str
     digest: str
     cached: str
     blob: Blob | None
+    remembered: bool = False
 
     def part(self) -> dict[str, Any]:
         """The content part that stands in the request where the image stood."""
@@ -65,7 +73,9 @@ class VisionClient:
         self._stub = vision_pb2_grpc.VisionStub(self._channel)
         self._check_health = health_pb2_grpc.HealthStub(self._channel).Check  # pyright: ignore[reportAttributeAccessIssue]
         self._known: dict[str, vision_pb2.AssistantInfo] = {}
-        self._left: OrderedDict[tuple[str, str], str] = OrderedDict()  # model and image → digest
+        # Model and image → the digest under which their embeddings lie, and when that was last told.
+        self._left: OrderedDict[tuple[str, str], tuple[str, float]] = OrderedDict()
+        self._away_until = 0.0
 
     async def close(self) -> None:
         await self._channel.close()
@@ -104,8 +114,8 @@ class VisionClient:
         return self._known[name].version if name in self._known else None
 
     async def embed(self, model: str, image: StoredImage, param: str, *, by_reference: bool) -> VisualTokens:
-        """The visual tokens of an image for an assistant. While the service is away, those it has left in the hand-off
-        directory before are referred to: they may still be there.
+        """The visual tokens of an image for an assistant. What the service has left in the hand-off directory a moment
+        ago, or before it went away, is referred to without asking it: it may still be there.
 
         Args:
             by_reference: leave them in the hand-off directory where they lie there.
@@ -113,12 +123,17 @@ class VisionClient:
         Raises:
             APIError: 400 not decodable, 404 no such assistant, 502, 503.
         """
+        digest, told_at = self._left.get((model, image.id)) or (None, 0.0) if by_reference else (None, 0.0)
+        now = time.monotonic()
+        if digest and (now < told_at + REMEMBERED_SECONDS or now < self._away_until):
+            return VisualTokens(image.id, digest, "embeddings", None, remembered=True)
         try:
             answer = await self._ask(model, image, by_reference)
         except grpc.aio.AioRpcError as error:
-            left = self._left.get((model, image.id)) if by_reference and error.code() in AWAY else None
-            if left is not None:
-                return VisualTokens(left, "embeddings", None)
+            if error.code() in AWAY:
+                self._away_until = time.monotonic() + AWAY_SECONDS
+                if digest:
+                    return VisualTokens(image.id, digest, "embeddings", None, remembered=True)
             if error.code() == grpc.StatusCode.INVALID_ARGUMENT:
                 raise bad_request(error.details() or "the image cannot be used", param, "invalid_image") from None
             if error.code() == grpc.StatusCode.NOT_FOUND:
@@ -132,8 +147,9 @@ class VisionClient:
         cached = vision_pb2.Cached.Name(answer.cached).removeprefix("CACHED_").lower()
         if not answer.data:
             self._remember(model, image.id, answer.digest)
-            return VisualTokens(answer.digest, cached, None)
-        return VisualTokens(answer.digest, cached, Blob(answer.data, (answer.shape[0], answer.shape[1]), answer.dtype))
+            return VisualTokens(image.id, answer.digest, cached, None)
+        blob = Blob(answer.data, (answer.shape[0], answer.shape[1]), answer.dtype)
+        return VisualTokens(image.id, answer.digest, cached, blob)
 
     async def _ask(self, model: str, image: StoredImage, by_reference: bool) -> vision_pb2.EmbedResponse:
         by_key = vision_pb2.EmbedRequest(assistant=model, object_key=image.key, by_reference=by_reference)
@@ -146,8 +162,15 @@ class VisionClient:
             # The service may have another object store than ours; the bytes serve as well.
             return await self._stub.Embed(by_bytes, timeout=self._embed_seconds)
 
+    def forget(self, model: str, tokens: Sequence[VisualTokens]) -> bool:
+        """What was remembered of these is not there any more; whether anything was."""
+        gone = [(model, each.image_id) for each in tokens if each.remembered]
+        for key in gone:
+            self._left.pop(key, None)
+        return bool(gone)
+
     def _remember(self, model: str, image_id: str, digest: str) -> None:
-        self._left[model, image_id] = digest
+        self._left[model, image_id] = digest, time.monotonic()
         self._left.move_to_end((model, image_id))
         if len(self._left) > MAX_REMEMBERED:
             self._left.popitem(last=False)

@@ -33,6 +33,7 @@ def vllm_error(message: str, status: int, param: str = "input_tokens") -> JSONRe
 class LLMShaped:
     bodies: list[dict[str, Any]] = field(default_factory=list)  # of the requests so far
     sees_handoff: bool = False
+    evicted: int = 0  # so many references more lead nowhere
     given_up: int = 0  # requests whose client went before the answer was whole
 
     def app(self) -> Starlette:
@@ -41,9 +42,9 @@ class LLMShaped:
 
     async def _chat(self, request: Request) -> Response:
         body = await request.json()
-        if not self.sees_handoff and any(
-            is_reference(part) for message in body["messages"] for part in message.get("content") or []
-        ):
+        referred = any(is_reference(part) for message in body["messages"] for part in message.get("content") or [])
+        if referred and (self.evicted or not self.sees_handoff):
+            self.evicted = max(0, self.evicted - 1)
             return vllm_error("no embeddings lie there", 400, MISSED)
         self.bodies.append(body)
         content = body["messages"][-1].get("content")

@@ -25,6 +25,7 @@ from basalt.data.images import decode_image
 from basalt.model.projector import load_projector
 from basalt.model.vision_encoder import load_vision_encoder
 from basalt.object_store import image_key
+from services.gateway import vision_client
 from tests.gateway.conftest import Stack, wait_for
 from tests.gateway.llm_shaped import STREAM, TOO_LONG, WORDS
 from tests.tiny import picture
@@ -418,6 +419,41 @@ def test_seen_images_are_answered_while_vision_is_away(start: Callable[..., Stac
     finally:
         stack.vision.start()
     wait_for(lambda: stack.ask([seen]).status_code == 200)
+
+
+def test_a_frozen_vision_service_is_waited_for_once(start: Callable[..., Stack], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vision_client, "REMEMBERED_SECONDS", 0.0)
+    stack = start(embed_seconds=2)
+    monkeypatch.setattr(stack.llm, "sees_handoff", True)
+    seen, hang = image(data_url(picture(7003))), threading.Event()
+    assert stack.ask([seen]).status_code == 200
+    stack.vision._loop.call_soon_threadsafe(hang.wait)  # its event loop stands still
+    try:
+        began = time.monotonic()
+        for _ in range(5):
+            assert stack.ask([seen]).headers["X-Basalt-Cache"] == "embeddings"
+        assert time.monotonic() - began < 6
+        new = stack.ask([image(data_url(picture(7005)))])
+        assert new.status_code == 503 and time.monotonic() - began < 12
+    finally:
+        hang.set()
+    wait_for(lambda: stack.ask([image(data_url(picture(7005)))]).status_code == 200)
+
+
+def test_embeddings_that_have_gone_meanwhile_are_made_again(
+    start: Callable[..., Stack], monkeypatch: pytest.MonkeyPatch
+):
+    stack = start()
+    monkeypatch.setattr(stack.llm, "sees_handoff", True)
+    seen = image(data_url(picture(7004)))
+    assert stack.ask([seen]).status_code == 200
+    monkeypatch.setattr(stack.llm, "evicted", 1)
+    assert stack.ask([seen]).status_code == 200
+    part = stack.llm.bodies[-1]["messages"][0]["content"][0]
+    assert part["image_embeds"].startswith("sha256:")  # by reference as before
+    monkeypatch.setattr(stack.llm, "sees_handoff", False)
+    assert stack.ask([seen]).status_code == 200
+    assert not stack.llm.bodies[-1]["messages"][0]["content"][0]["image_embeds"].startswith("sha256:")
 
 
 def test_an_object_store_that_cannot_be_written_is_named(start: Callable[..., Stack], tmp_path):

@@ -5,6 +5,7 @@
 
 import asyncio
 import base64
+import copy
 import io
 import json
 import os
@@ -289,7 +290,7 @@ NAMES = (*REQUEST, "image_embeds", "prompt_embeds", "stream_options", "priority"
 
 def mutated_request(chance: random.Random) -> bytes:
     """Values, keys and stretches of the text changed."""
-    body = json.loads(json.dumps(REQUEST))
+    body = copy.deepcopy(REQUEST)
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         mutate(body, chance)
     raw = bytearray(json.dumps(body, ensure_ascii=chance.random() < 0.8).encode("utf-8", "surrogatepass"))
@@ -315,14 +316,15 @@ def mutate(body: dict[str, Any], chance: random.Random) -> None:
     if not places:
         return
     node, key = chance.choice(places)
+    value, strange = copy.deepcopy(node[key]), copy.deepcopy(chance.choice(STRANGE))
     match chance.randrange(5):
         case 0:
             del node[key]
         case 1 if isinstance(node, dict):
-            node[chance.choice(NAMES)] = node[key]
+            node[chance.choice(NAMES)] = value
         case 1:
-            node.extend([node[key]] * chance.choice((1, 20)))
+            node.extend([value] * chance.choice((1, 20)))
         case 2 if isinstance(node, dict):
-            node[chance.choice(NAMES)] = chance.choice(STRANGE)
+            node[chance.choice(NAMES)] = strange
         case _:
-            node[key] = chance.choice(STRANGE)
+            node[key] = strange
