@@ -14,7 +14,8 @@ import urllib.request
 from pathlib import Path
 
 ACCOUNT = Path(os.environ.get("BASALT_SERVICE_ACCOUNT", "/var/run/secrets/kubernetes.io/serviceaccount"))
-NAMES = ("database-password", "redis-password", "s3-access-key", "s3-secret-key")  # the manifests refer to them
+# The manifests refer to them.
+NAMES = ("database-password", "redis-password", "s3-access-key", "s3-secret-key", "service-key")
 SECONDS = 10.0
 
 

@@ -174,7 +174,7 @@ class Attempt:
                 stderr=output,
                 start_new_session=True,
                 preexec_fn=end_with_parent,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
+                env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"PYTHONUNBUFFERED": "1"},
             )
             carried: Future[None] | None = None
             asked: float | None = None

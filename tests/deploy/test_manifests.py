@@ -261,4 +261,4 @@ def test_passwords_are_made_once(there: bool, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ("the Secret basalt is there" if there else "made the Secret basalt")
     assert asked[0]["path"] == "/api/v1/namespaces/basalt/secrets" and asked[0]["token"] == "Bearer t"
-    assert len(set(asked[0]["body"]["data"].values())) == 4
+    assert len(set(asked[0]["body"]["data"].values())) == 5
