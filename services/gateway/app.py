@@ -10,12 +10,15 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 
 from basalt import api_errors as errors
 from basalt.auth import Caller, Guard
 from basalt.object_store import ObjectStore
 from basalt.record.api_keys import LIMITS
 from basalt.record.database import Sessions, open_database
+from basalt.record.files import NoSuchFile
+from services.gateway import files
 from services.gateway.assistants import Assistants
 from services.gateway.chat import Services, complete
 from services.gateway.fetch import Fetcher
@@ -23,6 +26,7 @@ from services.gateway.images import ImageIntake
 from services.gateway.limits import Buckets, FairQueue, Limits, Room
 from services.gateway.llm_client import LLMClient
 from services.gateway.settings import Settings
+from services.gateway.sources import Sources
 from services.gateway.telemetry import Telemetry, log_to_stderr
 from services.gateway.vision_client import VisionClient
 
@@ -46,6 +50,10 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="Basalt", summary="An OpenAI-compatible gateway to your vision assistants", lifespan=lifespan)
     errors.install(app, "gateway")
+    app.add_exception_handler(
+        NoSuchFile, lambda _, error: errors.bad_request(str(error), code="not_found", status=404).response()
+    )
+    app.add_exception_handler(SQLAlchemyError, lambda _, __: errors.unavailable("state of record").response())
     app.add_middleware(Telemetry)
 
     guard = Guard(sessions, "chat", host=settings.host, required=settings.require_key, fresh_seconds=KEY_SECONDS)
@@ -69,6 +77,8 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/v1/models/{name}", dependencies=[Depends(guard)])
     async def model(name: str) -> dict[str, Any]:
         return _model(name, await app.state.services.assistants.resolve(name))
+
+    app.include_router(files.router(guard, sessions, store))
 
     @app.get("/metrics")
     def metrics() -> Response:
@@ -106,9 +116,11 @@ def open_services(settings: Settings, store: ObjectStore, sessions: Sessions) ->
     vision = VisionClient(settings.vision_address, settings.embed_seconds)
     buckets = Buckets(settings.redis_url)
     limits = Limits({name: getattr(settings, name) for name in LIMITS}, buckets)
+    images = ImageIntake(fetcher, limits, store, max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels)
     return Services(
         settings,
-        ImageIntake(fetcher, limits, store, max_bytes=settings.max_image_bytes, max_pixels=settings.max_pixels),
+        images,
+        Sources(sessions, store, images, settings.max_image_bytes),
         Assistants(sessions, store, vision),
         vision,
         LLMClient(settings.llm_url, settings.llm_seconds),

@@ -14,8 +14,9 @@ from services.gateway.assistants import Assistants
 from services.gateway.images import ImageIntake, StoredImage
 from services.gateway.limits import Buckets, FairQueue, Limits, Room
 from services.gateway.llm_client import HandoffMissed, LLMClient
-from services.gateway.schema import ChatRequest, parse_chat
+from services.gateway.schema import ChatRequest, Source, parse_chat
 from services.gateway.settings import Settings
+from services.gateway.sources import Sources
 from services.gateway.telemetry import Record
 from services.gateway.vision_client import VisionClient, VisualTokens
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 VERSION_HEADER = "X-Basalt-Version"  # NAME@HEX of the assistant that answered
 CACHE_HEADER = "X-Basalt-Cache"  # of each image in order: embeddings, features or nothing
+IGNORED_HEADER = "X-Basalt-Ignored"  # what was asked for and makes no difference here
 CLIENT_GONE = 499  # nobody is there to see it; it is for the log
 
 
@@ -32,6 +34,7 @@ class Services:
 
     settings: Settings
     images: ImageIntake
+    sources: Sources
     assistants: Assistants
     vision: VisionClient
     llm: LLMClient
@@ -54,9 +57,9 @@ async def complete(request: Request, caller: Caller, services: Services) -> Resp
         APIError.
     """
     await services.limits.ask(caller)
-    raw = await _read_body(request, services)
+    raw = await read_body(request, services)
     chat = parse_chat(raw, services.settings.max_images)
-    return await _while_connected(request, answer(chat, caller, services))
+    return await while_connected(request, answer(chat, caller, services))
 
 
 async def answer(chat: ChatRequest, caller: Caller, services: Services) -> Response:
@@ -74,6 +77,7 @@ async def answer(chat: ChatRequest, caller: Caller, services: Services) -> Respo
     record.held.push_async_callback(_count_tokens, record, caller, services.limits)
     chat = chat.for_version(version)
     images = await _take_images(chat, caller, services)
+    chat.taken.update({source: image.id for source, image in images.items()})
     try:
         with telemetry.stage("vision"):
             cached = await _replace_images(chat, images, services, by_reference=services.llm.sees_handoff())
@@ -84,6 +88,8 @@ async def answer(chat: ChatRequest, caller: Caller, services: Services) -> Respo
     response.headers[VERSION_HEADER] = version
     if cached:
         response.headers[CACHE_HEADER] = ", ".join(cached)
+    if chat.ignored:
+        response.headers[IGNORED_HEADER] = ", ".join(chat.ignored)
     return response
 
 
@@ -91,26 +97,26 @@ async def _count_tokens(record: Record, caller: Caller, limits: Limits) -> None:
     await limits.used(caller, record.prompt_tokens + record.completion_tokens)
 
 
-async def _take_images(chat: ChatRequest, caller: Caller, services: Services) -> dict[str, StoredImage]:
-    """The request's images by URL, all fetched at the same time, equal URLs once."""
-    first_of_url = {part.url: part for part in reversed(chat.images)}
-    taken = [services.images.take(url, part.param, caller) for url, part in first_of_url.items()]
-    return dict(zip(first_of_url, await _all(taken), strict=True))
+async def _take_images(chat: ChatRequest, caller: Caller, services: Services) -> dict[Source, StoredImage]:
+    """The request's images, all fetched at the same time, equal ones once."""
+    first = {part.source: part for part in reversed(chat.images)}
+    taken = [services.sources.take(source, part.param, caller) for source, part in first.items()]
+    return dict(zip(first, await _all(taken), strict=True))
 
 
 async def _replace_images(
-    chat: ChatRequest, images: dict[str, StoredImage], services: Services, *, by_reference: bool
+    chat: ChatRequest, images: dict[Source, StoredImage], services: Services, *, by_reference: bool
 ) -> list[str]:
     """Puts visual tokens where the images were; returns what of each image, in order, was cached."""
-    param_of_url = {part.url: part.param for part in reversed(chat.images)}
+    params = {part.source: part.param for part in reversed(chat.images)}
     embedded = [
-        services.vision.embed(chat.model, images[url], param, by_reference=by_reference)
-        for url, param in param_of_url.items()
+        services.vision.embed(chat.model, images[source], param, by_reference=by_reference)
+        for source, param in params.items()
     ]
-    tokens: dict[str, VisualTokens] = dict(zip(param_of_url, await _all(embedded), strict=True))
+    tokens: dict[Source, VisualTokens] = dict(zip(params, await _all(embedded), strict=True))
     for part in chat.images:
-        part.replace(tokens[part.url].part())
-    return [tokens[part.url].cached for part in chat.images]
+        part.replace(tokens[part.source].part())
+    return [tokens[part.source].cached for part in chat.images]
 
 
 async def _all(work: Sequence[Coroutine[None, None, T]]) -> list[T]:
@@ -123,7 +129,7 @@ async def _all(work: Sequence[Coroutine[None, None, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-async def _read_body(request: Request, services: Services) -> bytes:
+async def read_body(request: Request, services: Services) -> bytes:
     settings, held = services.settings, telemetry.record().held
     too_large = bad_request(
         f"the request has more than {settings.max_request_bytes:,} bytes: send fewer or smaller images",
@@ -146,7 +152,7 @@ async def _read_body(request: Request, services: Services) -> bytes:
     return bytes(body)
 
 
-async def _while_connected(request: Request, work: Coroutine[None, None, Response]) -> Response:
+async def while_connected(request: Request, work: Coroutine[None, None, Response]) -> Response:
     """Does the work for as long as the client stays; nobody is waiting for an answer that goes nowhere."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
