@@ -18,7 +18,8 @@ from basalt.object_store import ObjectStore
 from basalt.record.api_keys import LIMITS
 from basalt.record.database import Sessions, open_database
 from basalt.record.files import NoSuchFile
-from services.gateway import files
+from basalt.record.responses import NoSuchResponse
+from services.gateway import files, responses
 from services.gateway.assistants import Assistants
 from services.gateway.chat import Services, complete
 from services.gateway.fetch import Fetcher
@@ -50,9 +51,10 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="Basalt", summary="An OpenAI-compatible gateway to your vision assistants", lifespan=lifespan)
     errors.install(app, "gateway")
-    app.add_exception_handler(
-        NoSuchFile, lambda _, error: errors.bad_request(str(error), code="not_found", status=404).response()
-    )
+    for missing in (NoSuchFile, NoSuchResponse):
+        app.add_exception_handler(
+            missing, lambda _, error: errors.bad_request(str(error), code="not_found", status=404).response()
+        )
     app.add_exception_handler(SQLAlchemyError, lambda _, __: errors.unavailable("state of record").response())
     app.add_middleware(Telemetry)
 
@@ -79,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
         return _model(name, await app.state.services.assistants.resolve(name))
 
     app.include_router(files.router(guard, sessions, store))
+    app.include_router(responses.router(guard, sessions, store, settings.response_days))
 
     @app.get("/metrics")
     def metrics() -> Response:

@@ -44,6 +44,8 @@ class Settings(StoreSettings, RecordSettings):
     fetch_connect_seconds: float = Field(default=5, gt=0)
     fetch_seconds: float = Field(default=15, gt=0)  # for one image URL, redirects included
 
+    response_days: float = Field(default=30, gt=0)  # that a stored response is kept after it was last gone on from
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"  # at INFO, one line a request
 
     body_seconds: float = Field(default=60, gt=0)  # for a client to send its request
