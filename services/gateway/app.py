@@ -19,7 +19,7 @@ from basalt.record.api_keys import LIMITS
 from basalt.record.database import Sessions, open_database
 from basalt.record.files import NoSuchFile
 from basalt.record.responses import NoSuchResponse
-from services.gateway import files, responses
+from services.gateway import files, openapi, responses
 from services.gateway.assistants import Assistants
 from services.gateway.chat import Services, complete
 from services.gateway.fetch import Fetcher
@@ -105,6 +105,7 @@ def create_app(settings: Settings) -> FastAPI:
             )
         return {"status": "ready"}
 
+    openapi.install(app)
     return app
 
 

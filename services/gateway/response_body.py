@@ -5,9 +5,9 @@ Items are checked in response_items.py, whose words are better than a validator'
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
-from services.gateway.chat_body import DETAILS, Checked, Count, NamedFunction, Sampling
+from services.gateway.chat_body import DETAILS, Checked, Count, NamedFunction, Sampling, TextFormat
 
 IMAGE_URLS = "message.input_image.image_url"
 LOGPROBS = "message.output_text.logprobs"
@@ -79,21 +79,17 @@ class FunctionTool(NamedFunction):
     strict: bool | None = None
 
 
-class FunctionChoice(NamedFunction):
+class FunctionToolChoice(NamedFunction):
     type: Literal["function"]
 
 
-class AllowedTools(Checked):
+class AllowedFunctionTools(Checked):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
-    tools: list[FunctionChoice] = Field(min_length=1)
+    tools: list[FunctionToolChoice] = Field(min_length=1)
 
 
-class TextFormat(Checked):
-    type: Literal["text", "json_object"]
-
-
-class SchemaFormat(Checked):
+class TextSchemaFormat(Checked):
     type: Literal["json_schema"]
     name: str
     schema_: dict[str, Any] = Field(alias="schema")
@@ -102,13 +98,11 @@ class SchemaFormat(Checked):
 
 
 class TextOptions(Checked):
-    format: Annotated[TextFormat | SchemaFormat, Field(discriminator="type")] | None = None
+    format: Annotated[TextFormat | TextSchemaFormat, Field(discriminator="type")] | None = None
 
 
 class ResponseBody(Sampling):
     """`POST /v1/responses`."""
-
-    model_config = ConfigDict(serialize_by_alias=True)
 
     model: str = Field(min_length=1)
     input: Annotated[
@@ -119,7 +113,7 @@ class ResponseBody(Sampling):
     max_output_tokens: Count | None = None
     text: TextOptions | None = None
     tools: list[FunctionTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedTools | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionToolChoice | AllowedFunctionTools | None = None
     include: list[str] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     background: Literal[False] | None = None
