@@ -3,11 +3,12 @@
 import asyncio
 import base64
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from basalt.api_errors import bad_request, unavailable
+from basalt.api_errors import APIError, bad_request, unavailable
 from basalt.auth import Caller
 from basalt.object_store import ObjectNotFound, ObjectStore, StoreError, image_key
 from basalt.record.database import Sessions
@@ -22,6 +23,10 @@ from basalt.record.responses import (
 )
 from services.gateway.response_items import PREVIOUS, Item, images_of, item_id, place_of, said
 
+T = TypeVar("T")
+
+RECORD_SECONDS = 5.0  # for the state of record to answer
+
 log = logging.getLogger("basalt.gateway")
 
 
@@ -31,46 +36,45 @@ class Kept:
     def __init__(self, sessions: Sessions, store: ObjectStore, days: float) -> None:
         self._sessions, self._store, self._days = sessions, store, days
 
-    def get(self, response_id: str, caller: Caller) -> KeptResponse:
-        """
-        Raises:
-            NoSuchResponse.
-        """
-        with self._sessions() as session:
-            return get_response(session, response_id, caller.id)
+    async def get(self, response_id: str, caller: Caller) -> dict[str, Any]:
+        """A response as it was told.
 
-    def delete(self, response_id: str, caller: Caller) -> None:
+        Raises:
+            NoSuchResponse.
+            APIError: 503, as of all that follow.
+        """
+        return (await self._ask(self._get, response_id, caller)).body
+
+    async def delete(self, response_id: str, caller: Caller) -> None:
         """
         Raises:
             NoSuchResponse.
         """
-        with self._sessions.begin() as session:
-            delete_response(session, response_id, caller.id)
+        await self._ask(self._delete, response_id, caller)
 
     async def conversation(self, previous: str | None, caller: Caller) -> list[KeptResponse]:
         """What is gone on from, the first response first.
 
         Raises:
-            APIError: 400 it is not there, 503.
+            APIError: 400 it is not there.
         """
         if previous is None:
             return []
         try:
-            return await asyncio.to_thread(self._turns, previous, caller)
+            return await self._ask(self._turns, previous, caller)
         except NoSuchResponse as error:
             raise bad_request(str(error), PREVIOUS, "previous_response_not_found") from None
-        except SQLAlchemyError as error:
-            raise unavailable("state of record") from error
 
     async def resolved(self, items: list[Item], caller: Caller) -> list[Item]:
         """The items with those in place that were only referred to.
 
         Raises:
-            APIError: 404, 503.
+            NoSuchResponse.
+            APIError: 404.
         """
         if all(item["type"] != "item_reference" for item in items):
             return items
-        return await asyncio.to_thread(self._resolved, items, caller)
+        return await self._ask(self._resolved, items, caller)
 
     async def keep(
         self, response: dict[str, Any], items: list[Item], caller: Caller, earlier: list[KeptResponse]
@@ -80,28 +84,23 @@ class Kept:
             id=response["id"], owner=caller.id, previous_id=response[PREVIOUS], body=response, input=items
         )
         try:
-            await asyncio.to_thread(self._keep, row, earlier)
-        except SQLAlchemyError as error:
-            log.warning("a response could not be stored: %s", type(error).__name__)
+            await self._ask(self._keep, row, earlier)
+        except APIError:
             return False
         return True
 
-    def items_before(self, response_id: str, caller: Caller) -> list[Item]:
+    async def items_before(self, response_id: str, caller: Caller) -> list[Item]:
         """The items that a response is an answer to, each with its id.
 
         Raises:
             NoSuchResponse.
         """
-        *earlier, last = self._turns(response_id, caller)
+        *earlier, last = await self._ask(self._turns, response_id, caller)
         items = [item for turn in earlier for item in self._items(turn)]
         return items + self._items(last)[: len(last.input)]
 
     async def show_images(self, items: list[Item], whole: bool) -> None:
-        """Items as they are shown: images by their URLs where those are asked for.
-
-        Raises:
-            APIError: 503.
-        """
+        """Items as they are shown: images by their URLs where those are asked for."""
         for part in images_of(items):
             image_id = part.pop("image", None)
             url = part.pop("image_url", None)
@@ -117,6 +116,26 @@ class Kept:
             raise unavailable("object store") from error
         return f"data:image/*;base64,{base64.b64encode(data).decode()}"
 
+    async def _ask(self, query: Callable[..., T], *arguments: Any) -> T:
+        """
+        Raises:
+            APIError: 503, the state of record failed or did not answer in time.
+        """
+        try:
+            async with asyncio.timeout(RECORD_SECONDS):
+                return await asyncio.to_thread(query, *arguments)
+        except (SQLAlchemyError, TimeoutError) as error:
+            log.warning("the state of record: %s", type(error).__name__)
+            raise unavailable("state of record") from error
+
+    def _get(self, response_id: str, caller: Caller) -> KeptResponse:
+        with self._sessions() as session:
+            return get_response(session, response_id, caller.id)
+
+    def _delete(self, response_id: str, caller: Caller) -> None:
+        with self._sessions.begin() as session:
+            delete_response(session, response_id, caller.id)
+
     def _turns(self, response_id: str, caller: Caller) -> list[KeptResponse]:
         with self._sessions() as session:
             return conversation(session, response_id, caller.id)
@@ -131,7 +150,7 @@ class Kept:
 
     def _item(self, name: str, caller: Caller) -> Item:
         response_id, index = place_of(name)
-        turn = self.get(response_id, caller)
+        turn = self._get(response_id, caller)
         items = turn.input + said(turn.body["output"])
         if index >= len(items):
             raise bad_request(f"there is no item {name[:100]!r}", "input", "not_found", 404)

@@ -304,7 +304,7 @@ def _tell(told: dict[str, Any], operation: Operation) -> None:
     if operation.streams:
         answers["200"]["content"]["text/event-stream"] = {"schema": EVENT}
     if operation.body:
-        content = {"schema": _reference(operation.body)}
+        content: dict[str, Any] = {"schema": _reference(operation.body)}
         if operation.examples:
             content["examples"] = {name: {"value": value} for name, value in operation.examples.items()}
         told["requestBody"] = {"required": True, "content": {"application/json": content}}

@@ -1,6 +1,5 @@
 """`/v1/responses`: OpenAI's responses, each asked as a chat of the same assistant."""
 
-import asyncio
 import json
 import secrets
 import time
@@ -60,16 +59,18 @@ def router(guard: Guard, sessions: Sessions, store: ObjectStore, days: float) ->
         return await while_connected(request, respond(body, caller, services, record))
 
     @routes.get("/{response_id}")
-    def retrieve(response_id: str, caller: Annotated[Caller, Depends(guard)], stream: bool = False) -> dict[str, Any]:
+    async def retrieve(
+        response_id: str, caller: Annotated[Caller, Depends(guard)], stream: bool = False
+    ) -> dict[str, Any]:
         """A response that was stored."""
         if stream:
             raise bad_request("'stream' is for responses in the background, which are not here", "stream")
-        return record.get(response_id, caller).body
+        return await record.get(response_id, caller)
 
     @routes.delete("/{response_id}")
-    def delete(response_id: str, caller: Annotated[Caller, Depends(guard)]) -> dict[str, Any]:
+    async def delete(response_id: str, caller: Annotated[Caller, Depends(guard)]) -> dict[str, Any]:
         """Ends the conversation too, where others go on from it."""
-        record.delete(response_id, caller)
+        await record.delete(response_id, caller)
         return {"id": response_id, "object": "response", "deleted": True}
 
     @routes.get("/{response_id}/input_items")
@@ -83,7 +84,7 @@ def router(guard: Guard, sessions: Sessions, store: ObjectStore, days: float) ->
         include_plain: Annotated[list[str] | None, Query(alias="include")] = None,
     ) -> dict[str, Any]:
         """What it was an answer to, earlier turns included."""
-        items = await asyncio.to_thread(record.items_before, response_id, caller)
+        items = await record.items_before(response_id, caller)
         if order == "desc":
             items.reverse()
         if after is not None:
