@@ -17,6 +17,7 @@ from basalt.object_store import ObjectStore, StoreError
 from basalt.record.database import Sessions
 from basalt.record.files import File
 from basalt.record.jobs import new_id
+from services.gateway import telemetry
 from services.gateway.chat import Services, read_body, while_connected
 
 PURPOSES = ("vision", "user_data")
@@ -32,6 +33,7 @@ def router(guard: Guard, sessions: Sessions, store: ObjectStore) -> APIRouter:
     async def upload(request: Request, caller: Annotated[Caller, Depends(guard)]) -> Response:
         """Keeps an image: JPEG, PNG, WebP or GIF, whatever its name says."""
         services: Services = request.app.state.services
+        telemetry.record().caller = caller.id
         await services.limits.ask(caller)
         form = await _form(request, await read_body(request, services))
         file, purpose = form.get("file"), form.get("purpose")

@@ -17,6 +17,7 @@ from basalt.auth import Caller, Guard
 from basalt.object_store import ObjectStore
 from basalt.record.database import Sessions
 from basalt.record.responses import KeptResponse
+from services.gateway import telemetry
 from services.gateway.chat import VERSION_HEADER, Services, answer, read_body, while_connected
 from services.gateway.kept import Kept
 from services.gateway.response_body import IMAGE_URLS, LOGPROBS, ResponseBody
@@ -54,6 +55,7 @@ def router(guard: Guard, sessions: Sessions, store: ObjectStore, days: float) ->
     async def create(request: Request, caller: Annotated[Caller, Depends(guard)]) -> Response:
         """Answers text and images."""
         services: Services = request.app.state.services
+        telemetry.record().caller = caller.id
         await services.limits.ask(caller)
         body = read_body_of_response(await read_body(request, services))
         return await while_connected(request, respond(body, caller, services, record))
@@ -116,7 +118,7 @@ def read_body_of_response(raw: bytes) -> dict[str, Any]:
     try:
         ResponseBody.model_validate(body)
     except ValidationError as error:
-        raise told(error) from None
+        raise told(error, body) from None
     return body
 
 

@@ -1,6 +1,7 @@
 """The chat request as far as the gateway must understand it; the LLM service checks the rest."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -115,17 +116,20 @@ def check_chat(body: dict[str, Any], max_images: int) -> ChatRequest:
     try:
         ChatBody.model_validate(body)
     except ValidationError as error:
-        raise told(error) from None
+        raise told(error, body) from None
     for message in messages:
         if message["role"] == "developer":  # OpenAI's newer word; chat templates know the older
             message["role"] = "system"
-    _allow_tools(body)
+    _settle_tools(body)
     return ChatRequest(body, model, images, _ignored(body, images))
 
 
-def _allow_tools(body: dict[str, Any]) -> None:
-    """OpenAI's choice among some of the tools, as vLLM takes it: those tools alone."""
+def _settle_tools(body: dict[str, Any]) -> None:
+    """As vLLM takes them: no tools are none at all, and a choice among some of them is those alone."""
     choice = body.get("tool_choice")
+    if not body.get("tools") and choice in (None, "auto", "none"):
+        body.pop("tools", None)
+        body.pop("tool_choice", None)
     if isinstance(choice, dict) and choice["type"] == "allowed_tools":
         allowed = {tool["function"]["name"] for tool in choice["allowed_tools"]["tools"]}
         body["tools"] = [tool for tool in body.get("tools") or () if tool["function"]["name"] in allowed]
@@ -134,12 +138,24 @@ def _allow_tools(body: dict[str, Any]) -> None:
             raise bad_request("'tool_choice' allows none of the 'tools'", "tool_choice")
 
 
-def told(error: ValidationError) -> APIError:
-    """The first thing that is wrong with a body, as a client is told."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-    param = ".".join(place)
-    return bad_request(f"'{param}': {first['msg'][0].lower()}{first['msg'][1:]}", param)
+def told(error: ValidationError, body: Any) -> APIError:
+    """What is wrong with a body, as a client is told: of all that the validator tried, what came furthest."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    places = [_place(each["loc"], body, missing=each["type"] == "missing") for each in found]
+    place = max(places, key=len)
+    message = found[places.index(place)]["msg"]
+    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).lstrip(".")
+    return bad_request(f"'{param}': {message[0].lower()}{message[1:]}", param)
+
+
+def _place(steps: Sequence[int | str], body: Any, *, missing: bool) -> list[int | str]:
+    """Of a validator's steps those that lead into the body. Others name what it tried of a union."""
+    place: list[int | str] = []
+    for step in steps:
+        if (isinstance(body, dict) and step in body) or (isinstance(body, list) and isinstance(step, int)):
+            place.append(step)
+            body = body[step]
+    return [*place, steps[-1]] if missing else place
 
 
 def _ignored(body: dict[str, Any], images: list[ImagePart]) -> list[str]:

@@ -13,6 +13,8 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from tests.gateway.test_clients import LITELLM, OPEN_WEBUI
+
 from .conftest import Stack
 from .test_stack import MODEL, data_url, picture, question, shape, sign
 
@@ -332,3 +334,11 @@ def test_responses_of_a_schema_and_with_tools(stack: Stack) -> None:
     *_, last = client.responses.create(input="The weather in Paris, 2 days?", stream=True, **asked)  # type: ignore[call-overload]
     assert last.type in ("response.completed", "response.incomplete")
     assert last.response.output[-1].type == "function_call"
+
+
+@pytest.mark.parametrize("body", [*OPEN_WEBUI, *LITELLM])
+def test_requests_of_other_clients(stack: Stack, body: dict) -> None:
+    asked = body | {"model": MODEL, "max_tokens": 8}
+    response = httpx.post(f"{stack.gateway}/v1/chat/completions", json=asked, trust_env=False, timeout=120)
+    assert response.status_code == 200, response.text
+    assert "error" not in response.text
