@@ -197,7 +197,7 @@ async def measure(sides: dict[str, Side], rounds: int, seconds: float) -> dict[s
 
 def main(quick: Annotated[bool, typer.Option("--quick", help="one short round")] = False) -> None:
     load = os.getloadavg()[0]
-    ports = dict(zip(("upstream", "proxy", "gateway"), _free_ports(3), strict=True))
+    ports: dict[str, int] = dict(zip(("upstream", "proxy", "gateway"), _free_ports(3), strict=True))
     vision = grpc.server(futures.ThreadPoolExecutor(2))
     vision_pb2_grpc.add_VisionServicer_to_server(InstantVision(), vision)
     health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), vision)
@@ -213,7 +213,7 @@ def main(quick: Annotated[bool, typer.Option("--quick", help="one short round")]
             "BASALT_STORE": f"{directory}/objects",
             "BASALT_DATABASE": f"sqlite:///{directory}/basalt.db",
         }
-        commands = {
+        commands: dict[str, list[str]] = {
             "upstream": ["-c", f"import asyncio, gateway; asyncio.run(gateway.upstream({ports['upstream']}))"],
             "proxy": ["-c", f"import gateway; gateway.bare_proxy({ports['proxy']}, {target!r})"],
             "gateway": ["-m", "services.gateway"],

@@ -17,7 +17,7 @@ class File(Base):
     __tablename__ = "files"
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    owner: Mapped[str] = mapped_column(default="")
+    owner: Mapped[str] = mapped_column(default="")  # an API key's id; empty where none was needed, and the trainer's
     filename: Mapped[str]
     purpose: Mapped[str]
     bytes: Mapped[int] = mapped_column(BigInteger)
@@ -31,28 +31,34 @@ class File(Base):
         return f"files/{self.digest.replace(':', '/')}"
 
 
-def get_file(session: Session, file_id: str) -> File:
+def get_file(session: Session, file_id: str, owner: str = "") -> File:
     """
     Raises:
-        NoSuchFile: there is none, or it was deleted.
+        NoSuchFile: the owner has none of this id, or it was deleted.
     """
     file = session.get(File, file_id)
-    if file is None or file.deleted_at is not None:
+    if file is None or file.owner != owner or file.deleted_at is not None:
         raise NoSuchFile(f"there is no file {file_id!r}: upload it to /v1/files first")
     return file
 
 
 def list_files(
-    session: Session, *, purpose: str | None, after: str | None, limit: int, newest_first: bool = True
+    session: Session,
+    owner: str = "",
+    *,
+    purpose: str | None,
+    after: str | None,
+    limit: int,
+    newest_first: bool = True,
 ) -> list[File]:
-    """A page of them; `after` is the id of the last one of the page before."""
+    """A page of an owner's; `after` is the id of the last one of the page before."""
     order = (File.created_at, File.id)
-    wanted = select(File).where(File.deleted_at.is_(None))
+    wanted = select(File).where(File.owner == owner, File.deleted_at.is_(None))
     wanted = wanted.order_by(*(column.desc() if newest_first else column.asc() for column in order))
     if purpose is not None:
         wanted = wanted.where(File.purpose == purpose)
     if after is not None:
-        last = get_file(session, after)
+        last = get_file(session, after, owner)
         beyond, place = tuple_(*order), tuple_(literal(last.created_at), literal(last.id))
         wanted = wanted.where(beyond < place if newest_first else beyond > place)
     return list(session.scalars(wanted.limit(limit)))

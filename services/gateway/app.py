@@ -11,13 +11,17 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 
 from basalt import api_errors as errors
 from basalt.auth import Caller, Guard
 from basalt.object_store import IMAGES, ObjectStore, StoreUnavailable
 from basalt.record.api_keys import LIMITS
 from basalt.record.database import open_database
+from basalt.record.files import NoSuchFile
 from basalt.record.reader import Reader
+from basalt.record.responses import NoSuchResponse
+from services.gateway import files, openapi, responses
 from services.gateway.assistants import Assistants
 from services.gateway.chat import Services, complete
 from services.gateway.decoding import Decoders
@@ -26,6 +30,7 @@ from services.gateway.images import ImageIntake
 from services.gateway.limits import Buckets, FairQueue, Limits, Room
 from services.gateway.llm_client import LLMClient
 from services.gateway.settings import Settings
+from services.gateway.sources import Sources
 from services.gateway.telemetry import Telemetry, log_to_stderr
 from services.gateway.vision_client import VisionClient
 
@@ -42,7 +47,8 @@ def create_app(settings: Settings) -> FastAPI:
         ValueError: the settings name no object store.
     """
     store = settings.open_store()
-    record = Reader(open_database(settings.database))
+    sessions = open_database(settings.database)
+    record = Reader(sessions)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -56,6 +62,11 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="Basalt", summary="An OpenAI-compatible gateway to your vision assistants", lifespan=lifespan)
     errors.install(app, "gateway")
+    for missing in (NoSuchFile, NoSuchResponse):
+        app.add_exception_handler(
+            missing, lambda _, error: errors.bad_request(str(error), code="not_found", status=404).response()
+        )
+    app.add_exception_handler(SQLAlchemyError, lambda _, __: errors.unavailable("state of record").response())
     app.add_middleware(Telemetry)
 
     guard = Guard(
@@ -86,6 +97,9 @@ def create_app(settings: Settings) -> FastAPI:
     async def model(name: str) -> dict[str, Any]:
         return _model(name, await app.state.services.assistants.resolve(name))
 
+    app.include_router(files.router(guard, sessions, store))
+    app.include_router(responses.router(guard, sessions, store, settings.response_days))
+
     @app.get("/metrics")
     def metrics() -> Response:
         """For Prometheus."""
@@ -108,6 +122,7 @@ def create_app(settings: Settings) -> FastAPI:
             )
         return {"status": "ready"}
 
+    openapi.install(app)
     return app
 
 
@@ -134,6 +149,7 @@ def open_services(settings: Settings, store: ObjectStore, record: Reader) -> Ser
     return Services(
         settings,
         images,
+        Sources(record, images),
         Assistants(record, store, vision),
         vision,
         LLMClient(settings.llm_url, settings.llm_seconds),

@@ -14,8 +14,9 @@ from services.gateway.assistants import Assistants
 from services.gateway.images import ImageIntake, StoredImage
 from services.gateway.limits import Buckets, FairQueue, Limits, Room
 from services.gateway.llm_client import HandoffMissed, LLMClient
-from services.gateway.schema import ChatRequest, parse_chat
+from services.gateway.schema import ChatRequest, Source, parse_chat
 from services.gateway.settings import Settings
+from services.gateway.sources import Sources
 from services.gateway.telemetry import Record
 from services.gateway.vision_client import VisionClient, VisualTokens
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 VERSION_HEADER = "X-Basalt-Version"  # NAME@HEX of the assistant that answered
 CACHE_HEADER = "X-Basalt-Cache"  # of each image in order: embeddings, features or nothing
+IGNORED_HEADER = "X-Basalt-Ignored"  # what was asked for and makes no difference here
 CLIENT_GONE = 499  # nobody is there to see it; it is for the log
 
 
@@ -32,6 +34,7 @@ class Services:
 
     settings: Settings
     images: ImageIntake
+    sources: Sources
     assistants: Assistants
     vision: VisionClient
     llm: LLMClient
@@ -55,9 +58,9 @@ async def complete(request: Request, caller: Caller, services: Services) -> Resp
     """
     telemetry.record().caller = caller.id
     await services.limits.ask(caller)
-    raw = await _read_body(request, services)
+    raw = await read_body(request, services)
     chat = parse_chat(raw, services.settings.max_images)
-    return await _while_connected(request, answer(chat, caller, services))
+    return await while_connected(request, answer(chat, caller, services))
 
 
 async def answer(chat: ChatRequest, caller: Caller, services: Services) -> Response:
@@ -75,14 +78,17 @@ async def answer(chat: ChatRequest, caller: Caller, services: Services) -> Respo
         turn = services.queue.turn(caller.id, services.limits.of(caller, "concurrent_requests"))
         await record.held.enter_async_context(turn)
     record.held.push_async_callback(_count_tokens, record, caller, services.limits)
+    chat.taken.update({source: image.id for source, image in images.items()})
     response, cached = await _ask(chat, images, services)
     response.headers[VERSION_HEADER] = version
     if cached:
         response.headers[CACHE_HEADER] = ", ".join(cached)
+    if chat.ignored:
+        response.headers[IGNORED_HEADER] = ", ".join(chat.ignored)
     return response
 
 
-async def _ask(chat: ChatRequest, images: dict[str, StoredImage], services: Services) -> tuple[Response, list[str]]:
+async def _ask(chat: ChatRequest, images: dict[Source, StoredImage], services: Services) -> tuple[Response, list[str]]:
     """The answer, and what of each image in order was cached.
 
     References that are remembered of earlier requests may lead nowhere by now: then the vision service is asked. Where
@@ -106,29 +112,29 @@ async def _count_tokens(record: Record, caller: Caller, limits: Limits) -> None:
     await limits.used(caller, record.prompt_tokens + record.completion_tokens)
 
 
-async def _take_images(chat: ChatRequest, caller: Caller, services: Services) -> dict[str, StoredImage]:
-    """The request's images by URL, all fetched at the same time, equal URLs once."""
-    first_of_url = {part.url: part for part in reversed(chat.images)}
-    taken = await _all([services.images.take(url, part.param, caller) for url, part in first_of_url.items()])
+async def _take_images(chat: ChatRequest, caller: Caller, services: Services) -> dict[Source, StoredImage]:
+    """The request's images, all fetched at the same time, equal ones once."""
+    first = {part.source: part for part in reversed(chat.images)}
+    taken = await _all([services.sources.take(source, part.param, caller) for source, part in first.items()])
     size = sum(len(image.data) for image in taken)
     services.room.take(size)
     telemetry.record().held.callback(services.room.give_back, size)
-    return dict(zip(first_of_url, taken, strict=True))
+    return dict(zip(first, taken, strict=True))
 
 
 async def _replace_images(
-    chat: ChatRequest, images: dict[str, StoredImage], services: Services, *, by_reference: bool
+    chat: ChatRequest, images: dict[Source, StoredImage], services: Services, *, by_reference: bool
 ) -> list[VisualTokens]:
     """Puts visual tokens where the images were; returns those of each image, in order."""
-    param_of_url = {part.url: part.param for part in reversed(chat.images)}
+    params = {part.source: part.param for part in reversed(chat.images)}
     embedded = [
-        services.vision.embed(chat.model, images[url], param, by_reference=by_reference)
-        for url, param in param_of_url.items()
+        services.vision.embed(chat.model, images[source], param, by_reference=by_reference)
+        for source, param in params.items()
     ]
-    tokens: dict[str, VisualTokens] = dict(zip(param_of_url, await _all(embedded), strict=True))
+    tokens: dict[Source, VisualTokens] = dict(zip(params, await _all(embedded), strict=True))
     for part in chat.images:
-        part.replace(tokens[part.url].part())
-    return [tokens[part.url] for part in chat.images]
+        part.replace(tokens[part.source].part())
+    return [tokens[part.source] for part in chat.images]
 
 
 async def _all(work: Sequence[Coroutine[None, None, T]]) -> list[T]:
@@ -141,7 +147,7 @@ async def _all(work: Sequence[Coroutine[None, None, T]]) -> list[T]:
     return [task.result() for task in tasks]
 
 
-async def _read_body(request: Request, services: Services) -> bytes:
+async def read_body(request: Request, services: Services) -> bytes:
     settings, held = services.settings, telemetry.record().held
     too_large = bad_request(
         f"the request has more than {settings.max_request_bytes:,} bytes: send fewer or smaller images",
@@ -164,7 +170,7 @@ async def _read_body(request: Request, services: Services) -> bytes:
     return bytes(body)
 
 
-async def _while_connected(request: Request, work: Coroutine[None, None, Response]) -> Response:
+async def while_connected(request: Request, work: Coroutine[None, None, Response]) -> Response:
     """Does the work for as long as the client stays; nobody is waiting for an answer that goes nowhere."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))

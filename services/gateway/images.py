@@ -85,8 +85,10 @@ class ImageIntake:
         """An image by its bytes.
 
         Raises:
-            APIError: 400 not an image, 503 the object store is down.
+            APIError: 400 not an image, 413 too large, 503 the object store is down.
         """
+        if len(data) > self._max_bytes:
+            raise self._too_large(param)
         image_id = await self._off_loop(len(data), sha256, data)
         key = image_key(image_id)
         try:
@@ -98,6 +100,18 @@ class ImageIntake:
         except Broken as error:
             raise unavailable("object store") from error
         return StoredImage(image_id, key, data)
+
+    async def read(self, key: str) -> bytes:
+        """What stands in the object store under a key.
+
+        Raises:
+            ObjectNotFound.
+            APIError: 503 the object store is down.
+        """
+        try:
+            return await self._ask_store(lambda: self._store.get(key))
+        except Broken as error:
+            raise unavailable("object store") from error
 
     async def _check_and_store(self, key: str, data: bytes) -> None:
         """What is stored was checked when it was stored: images of earlier turns come again and again."""
@@ -135,8 +149,6 @@ class ImageIntake:
             raise bad_request(
                 "the data: URL does not hold valid base64 (A-Z a-z 0-9 + / and = at the end)", param, "invalid_data_url"
             ) from None
-        if len(data) > self._max_bytes:
-            raise self._too_large(param)
         return data
 
     def _too_large(self, param: str):

@@ -1,14 +1,16 @@
 """The chat request as far as the gateway must understand it; the LLM service checks the rest."""
 
 import json
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple, NoReturn
 
-from basalt.api_errors import bad_request
+from pydantic import ValidationError
 
-PART_TYPES = ("text", "image_url", "refusal")
-DETAILS = ("auto", "low", "high", "original")
-MAX_CHOICES = 16  # `n`: answers to one request
+from basalt.api_errors import APIError, bad_request
+from services.gateway.chat_body import DETAILS, MAX_CHOICES, ROLES, ChatBody
+
+PART_TYPES = ("text", "image_url", "file", "refusal")
 # vLLM takes these from whoever asks; they reach into the engine, or past the assistant.
 NOT_FOR_CLIENTS = {
     *("kv_transfer_params", "ec_transfer_params", "mm_processor_kwargs", "media_io_kwargs", "vllm_xargs"),
@@ -17,14 +19,23 @@ NOT_FOR_CLIENTS = {
 }
 
 
+class Source(NamedTuple):
+    """Where an image is to be had: by URL, as a file that the caller uploaded, or (never by a client's own words) as
+    what an earlier response kept, by its id, sha256:…"""
+
+    kind: Literal["url", "file", "kept"]
+    name: str
+
+
 @dataclass(frozen=True)
 class ImagePart:
     """Where a request shows an image: `messages[i].content[j]`."""
 
-    url: str
+    source: Source
     param: str  # its place in the body, for error messages
     content: list[Any]
     index: int
+    detail: str | None = None
 
     def replace(self, part: dict[str, Any]) -> None:
         self.content[self.index] = part
@@ -32,11 +43,18 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """`body` is the client's, whole; replacing an image part changes it."""
+    """`body` is the client's, whole; replacing an image part changes it.
+
+    Attributes:
+        ignored: what was asked for and makes no difference here.
+        taken: the ids, sha256:…, of its images, once they were taken.
+    """
 
     body: dict[str, Any]
     model: str
     images: list[ImagePart]
+    ignored: list[str] = field(default_factory=list)
+    taken: dict[Source, str] = field(default_factory=dict)
 
     def for_version(self, version: str) -> "ChatRequest":
         """The same request to one version, NAME@HEX, of the assistant it names."""
@@ -67,7 +85,14 @@ def parse_chat(raw: bytes, max_images: int) -> ChatRequest:
     Raises:
         APIError: (400) what is wrong, where, and what would be right.
     """
-    body = _parse_json(raw)
+    return check_chat(parse_json(raw, "'model' and 'messages'"), max_images)
+
+
+def check_chat(body: dict[str, Any], max_images: int) -> ChatRequest:
+    """
+    Raises:
+        APIError: (400).
+    """
     model = body.get("model")
     if not isinstance(model, str) or not model:
         raise bad_request("'model' must be the name of an assistant; GET /v1/models lists them", "model")
@@ -88,10 +113,67 @@ def parse_chat(raw: bytes, max_images: int) -> ChatRequest:
             "messages",
             "too_many_images",
         )
-    return ChatRequest(body, model, images)
+    try:
+        ChatBody.model_validate(body)
+    except ValidationError as error:
+        raise told(error, body) from None
+    for message in messages:
+        if message["role"] == "developer":  # OpenAI's newer word; chat templates know the older
+            message["role"] = "system"
+    _settle_tools(body)
+    return ChatRequest(body, model, images, _ignored(body, images))
 
 
-def _parse_json(raw: bytes) -> dict[str, Any]:
+def _settle_tools(body: dict[str, Any]) -> None:
+    """As vLLM takes them: no tools are none at all, and a choice among some of them is those alone."""
+    choice = body.get("tool_choice")
+    if not body.get("tools") and choice in (None, "auto", "none"):
+        body.pop("tools", None)
+        body.pop("tool_choice", None)
+    if isinstance(choice, dict) and choice["type"] == "allowed_tools":
+        allowed = {tool["function"]["name"] for tool in choice["allowed_tools"]["tools"]}
+        body["tools"] = [tool for tool in body.get("tools") or () if tool["function"]["name"] in allowed]
+        body["tool_choice"] = choice["allowed_tools"]["mode"]
+        if not body["tools"]:
+            raise bad_request("'tool_choice' allows none of the 'tools'", "tool_choice")
+
+
+def told(error: ValidationError, body: Any) -> APIError:
+    """What is wrong with a body, as a client is told: of all that the validator tried, what came furthest."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    places = [_place(each["loc"], body, missing=each["type"] == "missing") for each in found]
+    place = max(places, key=len)
+    message = found[places.index(place)]["msg"]
+    param = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).lstrip(".")
+    return bad_request(f"'{param}': {message[0].lower()}{message[1:]}", param)
+
+
+def _place(steps: Sequence[int | str], body: Any, *, missing: bool) -> list[int | str]:
+    """Of a validator's steps those that lead into the body. Others name what it tried of a union."""
+    place: list[int | str] = []
+    for step in steps:
+        inside = step in body if isinstance(body, dict) else isinstance(body, list) and isinstance(step, int)
+        if inside:
+            place.append(step)
+            body = body[step]  # pyright: ignore[reportArgumentType, reportCallIssue] (a validator's steps fit)
+    return [*place, steps[-1]] if missing else place
+
+
+def _ignored(body: dict[str, Any], images: list[ImagePart]) -> list[str]:
+    """A tower has one resolution, and chats are not kept."""
+    ignored = ["detail"] if any(image.detail in ("low", "high") for image in images) else []
+    return ignored + [name for name in ("store",) if body.get(name)]
+
+
+def parse_json(raw: bytes, wanted: str) -> dict[str, Any]:
+    """A body that can be written again as JSON.
+
+    Args:
+        wanted: what it must hold, for the message.
+
+    Raises:
+        APIError: (400).
+    """
     try:
         body = json.loads(raw, parse_constant=_no_constant)
         # What UTF-8 cannot hold cannot be sent on; what is nested too deeply to be written neither.
@@ -111,7 +193,7 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise bad_request(f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
-        raise bad_request("the body must be a JSON object with 'model' and 'messages'", code="invalid_json")
+        raise bad_request(f"the body must be a JSON object with {wanted}", code="invalid_json")
     return body
 
 
@@ -122,6 +204,8 @@ def _no_constant(name: str) -> NoReturn:
 def _images(message: Any, where: str) -> list[ImagePart]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise bad_request(f"'{where}' must be an object with 'role' and 'content'", where)
+    if message["role"] not in ROLES:
+        raise bad_request(f"'{where}.role' is one of {', '.join(ROLES)}", f"{where}.role")
     content = message.get("content")
     if content is None or isinstance(content, str):
         return []
@@ -140,9 +224,15 @@ def _image(content: list[Any], index: int, where: str) -> ImagePart | None:
             where,
             "unsupported_value",
         )
+    if part["type"] in ("text", "refusal") and not isinstance(part.get(part["type"]), str):
+        raise bad_request(f"'{where}.{part['type']}' must be a string", f"{where}.{part['type']}")
+    if part["type"] == "file":
+        return ImagePart(_file(part, where), f"{where}.file.file_id", content, index)
     if part["type"] != "image_url":
         return None
     image_url = part.get("image_url")
+    if isinstance(image_url, Source):  # not a client's: JSON holds no such thing
+        return ImagePart(image_url, f"{where}.image_url", content, index)
     url = image_url.get("url") if isinstance(image_url, dict) else None
     if not isinstance(image_url, dict) or not isinstance(url, str) or not url:
         raise bad_request(
@@ -151,4 +241,16 @@ def _image(content: list[Any], index: int, where: str) -> ImagePart | None:
     detail = image_url.get("detail")
     if detail is not None and detail not in DETAILS:
         raise bad_request(f"'{where}.image_url.detail' is one of {', '.join(DETAILS)}", f"{where}.image_url.detail")
-    return ImagePart(url, f"{where}.image_url.url", content, index)
+    return ImagePart(Source("url", url), f"{where}.image_url.url", content, index, detail)
+
+
+def _file(part: dict[str, Any], where: str) -> Source:
+    file = part.get("file")
+    file_id = file.get("file_id") if isinstance(file, dict) else None
+    if not isinstance(file_id, str) or not file_id:
+        raise bad_request(
+            f"'{where}.file' must be an object {{\"file_id\": …}} of an image uploaded to /v1/files; "
+            "send other images as image_url parts",
+            f"{where}.file",
+        )
+    return Source("file", file_id)

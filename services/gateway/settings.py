@@ -57,6 +57,8 @@ class Settings(StoreSettings, RecordSettings):
 
     store_seconds: float = Field(default=10, gt=0)  # for the object store to answer
 
+    response_days: float = Field(default=30, gt=0)  # that a stored response is kept after it was last gone on from
+
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"  # at INFO, one line a request
 
     body_seconds: float = Field(default=60, gt=0)  # for a client to send its request

@@ -22,6 +22,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from basalt.assistants import Assistant, AssistantError
 from basalt.catalog import Catalog, UnknownAssistant
 from basalt.object_store import StoreUnavailable
+from services.llm import tools
 from services.llm.fit import BaseLM, Misfit, check_fit
 
 FOUND = Counter("basalt_llm_assistants_found", "Assistants looked for when first asked for, by outcome.", ["outcome"])
@@ -131,15 +132,27 @@ class AssistantModels(OpenAIServingModels):
 
 
 class AssistantRenderer(OnlineRenderer):
-    """Each assistant's prompts by its own chat template."""
+    """Each assistant's prompts by its own chat template, tools written for those that write none."""
 
-    def __init__(self, served: Served, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, served: Served, *arguments: Any, tool_parser: str | None = None, **options: Any) -> None:
+        super().__init__(*arguments, tool_parser=tool_parser, **options)
         self._served = served
+        self._reads_hermes = tool_parser == tools.PARSER
 
     async def preprocess_chat(
-        self, request: Any, messages: list[Any], default_template: str | None, *arguments: Any, **options: Any
+        self,
+        request: Any,
+        messages: list[Any],
+        default_template: str | None,
+        *arguments: Any,
+        tool_dicts: list[dict[str, Any]] | None = None,
+        parser: Any = None,
+        **options: Any,
     ) -> Any:
         CHATS.labels(self._served.label(request.model)).inc()
-        own = self._served.template(request.model)
-        return await super().preprocess_chat(request, messages, own or default_template, *arguments, **options)
+        tools.pin_arguments(request)
+        template = self._served.template(request.model) or default_template
+        if self._reads_hermes and not tools.writes_tools(template or ""):
+            messages, tool_dicts = tools.as_text(messages, tool_dicts), None
+        options |= {"tool_dicts": tool_dicts, "parser": parser}
+        return await super().preprocess_chat(request, messages, template, *arguments, **options)

@@ -88,6 +88,7 @@ def vllm_arguments(settings: Settings, base_lm: BaseLM, assistants: list[Assista
         # No pixels at all; embeddings are not counted by this limit.
         "limit-mm-per-prompt": json.dumps({"image": 0}),
         "mm-processor-cache-gb": "0",
+        "tool-call-parser": settings.tool_parser,
         "shutdown-timeout": str(settings.drain_seconds),
         "middleware": "services.llm.paths.OpenPaths",
         "uvicorn-log-level": "warning",
@@ -96,6 +97,8 @@ def vllm_arguments(settings: Settings, base_lm: BaseLM, assistants: list[Assista
         "enable-mm-embeds",
         "enable-prefix-caching",
         "enable-prompt-tokens-details",
+        "enable-auto-tool-choice",
+        "exclude-tools-when-tool-choice-none",
         "enforce-eager",
         "disable-uvicorn-access-log",
     ]

@@ -32,5 +32,7 @@ class Settings(StoreSettings):
     max_lora_rank: int = Field(default=16, ge=1, le=512)  # raised to that of the models directory's assistants
     # Of requests that name none. Small LMs wander off at OpenAI's 1.0; above 0, so that `n` answers can differ.
     temperature: float = Field(default=0.1, ge=0)
+    # vLLM's, that reads tool calls in answers. With this one, templates that write no tools have them written.
+    tool_parser: str = "hermes"
     drain_seconds: int = Field(default=20, ge=0)  # that SIGTERM leaves to running answers
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"  # of vLLM

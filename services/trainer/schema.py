@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from basalt.record.files import File
 from basalt.record.jobs import Checkpoint, Event, Job
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -69,18 +68,6 @@ class JobRequest(_Request):
     seed: int | None = Field(default=None, ge=0, lt=2**31)
     metadata: dict[str, str] | None = None
     integrations: list[dict[str, Any]] | None = None
-
-
-def file_object(file: File) -> dict[str, Any]:
-    return {
-        "id": file.id,
-        "object": "file",
-        "bytes": file.bytes,
-        "created_at": int(file.created_at),
-        "filename": file.filename,
-        "purpose": file.purpose,
-        "status": "processed",
-    }
 
 
 def job_object(job: Job) -> dict[str, Any]:

@@ -20,6 +20,23 @@ WORDS = ["", "Two", " dogs", " in", " the", " snow", " ❄", "."]
 TOO_LONG = "This model's maximum context length is 512 tokens. However, you requested 9000 tokens."
 
 
+USAGE = {
+    "prompt_tokens": 20,
+    "completion_tokens": 7,
+    "total_tokens": 27,
+    "prompt_tokens_details": {"cached_tokens": 16},
+}
+USAGE_EVENT = f"data: {json.dumps({'id': 'chatcmpl-1', 'choices': [], 'usage': USAGE})}\n\n".encode()
+FUNCTION = {"name": "weather", "arguments": '{"city": "Rome"}'}
+CALLS = {"call": {"content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": FUNCTION}]}}
+CALL_DELTAS = [
+    {"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": {"name": "weather"}}]},
+    {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": '}}]},
+    {"tool_calls": [{"index": 0, "function": {"arguments": '"Rome"}'}}]},
+]
+FINISH = {"call": "tool_calls", "long": "length"}  # by what was said last
+
+
 def is_reference(part: Any) -> bool:
     return isinstance(part, dict) and str(part.get("image_embeds")).startswith("sha256:")
 
@@ -48,7 +65,8 @@ class LLMShaped:
             return vllm_error("no embeddings lie there", 400, MISSED)
         self.bodies.append(body)
         content = body["messages"][-1].get("content")
-        said = content if isinstance(content, str) else ""
+        texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or []]
+        said = texts[-1] if texts else ""
         match said:
             case "too long":
                 return vllm_error(TOO_LONG, 400)
@@ -63,7 +81,8 @@ class LLMShaped:
             case "slow":
                 await asyncio.sleep(0.2)
         if body.get("stream"):
-            return StreamingResponse(self._events(said), media_type="text/event-stream")
+            usage = (body.get("stream_options") or {}).get("include_usage")
+            return StreamingResponse(self._events(said, usage), media_type="text/event-stream")
         return JSONResponse(
             {
                 "id": "chatcmpl-1",
@@ -73,12 +92,12 @@ class LLMShaped:
                 "choices": [
                     {
                         "index": 0,
-                        "message": {"role": "assistant", "content": "".join(WORDS)},
-                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": "".join(WORDS)} | CALLS.get(said, {}),
+                        "finish_reason": FINISH.get(said, "stop"),
                         "logprobs": None,
                     }
                 ],
-                "usage": {"prompt_tokens": 20, "completion_tokens": 7, "total_tokens": 27},
+                "usage": USAGE,
             }
         )
 
@@ -87,14 +106,19 @@ class LLMShaped:
             await asyncio.sleep(0.05)
         self.given_up += 1
 
-    async def _events(self, said: str) -> AsyncIterator[bytes]:
+    async def _events(self, said: str, usage: bool) -> AsyncIterator[bytes]:
         try:
-            for index, word in enumerate(WORDS):
-                yield event(word, "stop" if index == len(WORDS) - 1 else None)
+            for delta in CALL_DELTAS if said in CALLS else ():
+                yield chunk(delta, None)
+            words = WORDS[:1] if said in CALLS else WORDS
+            for index, word in enumerate(words):
+                yield event(word, FINISH.get(said, "stop") if index == len(words) - 1 else None)
                 if said == "stall":
                     await asyncio.sleep(600)
                 if said == "break" and index == 2:
                     raise RuntimeError("breaks off here")
+            if usage:
+                yield USAGE_EVENT
             yield b"data: [DONE]\n\n"
         except asyncio.CancelledError:
             self.given_up += 1
@@ -102,15 +126,18 @@ class LLMShaped:
 
 
 def event(word: str, finish: str | None) -> bytes:
-    delta = {"role": "assistant", "content": word} if not word else {"content": word}
-    chunk = {
+    return chunk({"role": "assistant", "content": word} if not word else {"content": word}, finish)
+
+
+def chunk(delta: dict[str, Any], finish: str | None) -> bytes:
+    told = {
         "id": "chatcmpl-1",
         "object": "chat.completion.chunk",
         "created": 1,
         "model": "one",
         "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
     }
-    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode()
+    return f"data: {json.dumps(told, ensure_ascii=False)}\n\n".encode()
 
 
 STREAM = b"".join(event(w, "stop" if i == len(WORDS) - 1 else None) for i, w in enumerate(WORDS)) + b"data: [DONE]\n\n"

@@ -6,10 +6,14 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
+
+from tests.gateway.test_clients import LITELLM, OPEN_WEBUI
 
 from .conftest import Stack
 from .test_stack import MODEL, data_url, picture, question, shape, sign
@@ -17,6 +21,9 @@ from .test_stack import MODEL, data_url, picture, question, shape, sign
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
+STORY = [{"role": "user", "content": "Invent a name for a ship, and tell its story."}]
+LONG = 4000  # tokens
+ENDLESS = {"0": -100, "2": -100}  # SmolLM2's two tokens that end an answer
 WEATHER = {
     "type": "function",
     "function": {
@@ -68,7 +75,8 @@ def test_limits_of_length_and_stop(ask) -> None:
 def test_several_choices_and_seeds(ask) -> None:
     def said(**options) -> list[str]:
         return [
-            c.message.content for c in ask(temperature=1.2, top_p=0.95, max_completion_tokens=12, **options).choices
+            c.message.content
+            for c in ask(STORY, temperature=1.2, top_p=0.95, max_completion_tokens=12, **options).choices
         ]
 
     first = said(n=3, seed=7)
@@ -166,21 +174,28 @@ def test_what_reaches_into_the_engine_is_refused(ask) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_stops_the_generation(stack: Stack, stream: bool) -> None:
-    before = aborted(stack)
-    body = {"model": MODEL, "messages": CAPITAL, "max_tokens": 1500, "ignore_eos": True, "stream": stream}
-    url = f"{stack.gateway}/v1/chat/completions"
+@pytest.mark.parametrize("route", ["chat/completions", "responses"])
+def test_a_client_that_goes_stops_the_generation(stack: Stack, route: str, stream: bool) -> None:
+    before = generated(stack)
+    asked = {"input": "Tell a story."} if route == "responses" else {"messages": STORY}
+    body = {"model": MODEL, "logit_bias": ENDLESS, "stream": stream, **asked}
+    body |= {"max_output_tokens" if route == "responses" else "max_tokens": LONG}
+    url = f"{stack.gateway}/v1/{route}"
     if stream:
         with httpx.stream("POST", url, json=body, trust_env=False, timeout=60) as response:
-            assert next(response.iter_bytes())
-            assert running(stack) == 1
+            pieces = response.iter_bytes()  # the connection is closed with it
+            assert next(pieces)
+            wait_for(lambda: running(stack) == 1)
     else:
         asking = threading.Thread(target=give_up, args=(url, body))
         asking.start()
         wait_for(lambda: running(stack) == 1)
         asking.join()
-    wait_for(lambda: running(stack) == 0, 10)
-    assert aborted(stack) == before + 1
+    wait_for(lambda: running(stack) == 0, 5)
+    stopped = generated(stack)
+    assert before < stopped < before + LONG / 2
+    time.sleep(1)
+    assert generated(stack) == stopped
 
 
 def give_up(url: str, body: dict) -> None:
@@ -193,8 +208,9 @@ def running(stack: Stack) -> float:
     return metric(stack, "vllm:num_requests_running") + metric(stack, "vllm:num_requests_waiting")
 
 
-def aborted(stack: Stack) -> float:
-    return metric(stack, 'vllm:request_success_total{[^}]*finished_reason="abort"')
+def generated(stack: Stack) -> float:
+    """Tokens, so far."""
+    return metric(stack, "vllm:generation_tokens_total")
 
 
 def metric(stack: Stack, pattern: str) -> float:
@@ -221,3 +237,108 @@ def test_the_gateway_counts_what_the_llm_used(stack: Stack, ask) -> None:
     assert streamed
     wait_for(lambda: counted("completion") == before[1] + 2 * usage.completion_tokens, 10)
     assert counted("prompt") == before[0] + 2 * usage.prompt_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_that_may_be_called(ask, stream: bool) -> None:
+    asked = [{"role": "user", "content": "What will the weather in Rome be for 3 days?"}]
+    options = {"tools": [WEATHER], "max_completion_tokens": 64}
+    if stream:
+        choices = [chunk.choices[0] for chunk in ask(asked, stream=True, **options) if chunk.choices]
+        assert choices[-1].finish_reason in ("stop", "length", "tool_calls")
+    else:
+        message = ask(asked, **options).choices[0].message
+        assert message.content or message.tool_calls
+    unknown = {"type": "function", "function": {"name": "time"}}
+    with pytest.raises(openai.BadRequestError, match="tool"):
+        ask(asked, tools=[WEATHER], tool_choice=unknown)
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "weather"}}]}
+    choice = {"type": "allowed_tools", "allowed_tools": allowed}
+    assert ask(asked, tools=[WEATHER], tool_choice=choice, max_completion_tokens=64).choices[0].message.tool_calls
+
+
+def test_what_makes_no_difference_is_told(stack: Stack) -> None:
+    image = {"type": "image_url", "image_url": {"url": data_url(shape("red")), "detail": "low"}}
+    create = stack.client().chat.completions.with_raw_response.create
+    raw = create(model=MODEL, messages=[question(image, "?")], store=True, max_completion_tokens=2)  # type: ignore[arg-type]
+    assert raw.headers["X-Basalt-Ignored"] == "detail, store"
+
+
+def response_input(*parts: str | dict) -> list[dict]:
+    return [
+        {"role": "user", "content": [{"type": "input_text", "text": p} if isinstance(p, str) else p for p in parts]}
+    ]
+
+
+def test_responses_answer_as_chats(stack: Stack, ask) -> None:
+    client, image = stack.client(), shape("red")
+    chat = ask([question(picture(data_url(image)), "What colour is it?")])
+    file = client.files.create(file=("red.png", image), purpose="vision")
+    for shown in ({"image_url": data_url(image)}, {"file_id": file.id}):
+        told = client.responses.create(
+            model=MODEL,
+            input=response_input({"type": "input_image", "detail": "auto"} | shown, "What colour is it?"),  # type: ignore[arg-type]
+            temperature=0,
+            max_output_tokens=16,
+        )
+        assert told.output_text == chat.choices[0].message.content
+        assert told.usage.input_tokens == chat.usage.prompt_tokens
+        assert told.usage.output_tokens == chat.usage.completion_tokens
+    assert told.usage.input_tokens_details.cached_tokens > 0
+    by_id = question({"type": "file", "file": {"file_id": file.id}}, "What colour is it?")
+    assert ask([by_id]).choices[0].message.content == chat.choices[0].message.content
+    assert client.files.content(file.id).read() == image
+    client.files.delete(file.id)
+
+
+def test_a_response_goes_on_and_its_second_turn_is_cached(stack: Stack) -> None:
+    client = stack.client()
+    image = {"type": "input_image", "image_url": data_url(sign("STOP")), "detail": "auto"}
+    options = {"model": MODEL, "temperature": 0, "max_output_tokens": 40}
+    first = client.responses.create(input=response_input(image, "Describe the picture."), **options)  # type: ignore[call-overload]
+    with client.responses.stream(input="What does it say?", previous_response_id=first.id, **options) as stream:  # type: ignore[call-overload]
+        said = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        second = stream.get_final_response()
+    assert said == second.output_text and said
+    before = first.usage.input_tokens + first.usage.output_tokens
+    assert second.usage.input_tokens > before
+    block = 32
+    assert second.usage.input_tokens_details.cached_tokens >= 0.95 * (before // block) * block
+    assert client.responses.retrieve(second.id).output_text == said
+    items = client.responses.input_items.list(second.id, order="asc").data
+    assert [item.role for item in items] == ["user", "assistant", "user"]
+    client.responses.delete(first.id)
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(input="And?", previous_response_id=second.id, **options)  # type: ignore[call-overload]
+
+
+class Shape(BaseModel):
+    colour: Literal["red", "green"]
+    round: bool
+
+
+def test_responses_of_a_schema_and_with_tools(stack: Stack) -> None:
+    client = stack.client()
+    image = {"type": "input_image", "image_url": data_url(shape("red")), "detail": "auto"}
+    parsed = client.responses.parse(
+        model=MODEL,
+        input=response_input(image, "What colour is the circle?"),  # type: ignore[arg-type]
+        text_format=Shape,
+        max_output_tokens=48,
+    )
+    assert isinstance(parsed.output_parsed, Shape)
+    tool = {"type": "function"} | WEATHER["function"]
+    asked = {"model": MODEL, "tools": [tool], "tool_choice": "required", "max_output_tokens": 64}
+    call = client.responses.create(input="What will the weather in Rome be for 3 days?", **asked).output[-1]  # type: ignore[call-overload]
+    assert call.type == "function_call" and json.loads(call.arguments)["city"] in ("Paris", "Rome")
+    *_, last = client.responses.create(input="The weather in Paris, 2 days?", stream=True, **asked)  # type: ignore[call-overload]
+    assert last.type in ("response.completed", "response.incomplete")
+    assert last.response.output[-1].type == "function_call"
+
+
+@pytest.mark.parametrize("body", [*OPEN_WEBUI, *LITELLM])
+def test_requests_of_other_clients(stack: Stack, body: dict) -> None:
+    asked = body | {"model": MODEL, "max_tokens": 8}
+    response = httpx.post(f"{stack.gateway}/v1/chat/completions", json=asked, trust_env=False, timeout=120)
+    assert response.status_code == 200, response.text
+    assert "error" not in response.text
