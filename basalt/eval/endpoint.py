@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from basalt import tracing
+
 MODELS_SECONDS = 20.0
 TOLD = 300  # characters of a server's own words in a message
 
@@ -115,7 +117,8 @@ async def chat(client: httpx.AsyncClient, body: bytes, seconds: float) -> Reply:
     """
     try:
         async with asyncio.timeout(seconds):
-            response = await client.post("chat/completions", content=body, headers={"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json", **tracing.headers()}
+            response = await client.post("chat/completions", content=body, headers=headers)
     except (TimeoutError, httpx.TimeoutException) as error:
         raise Trouble("timeout", f"no answer within {seconds:g} s", busy=True) from error
     except httpx.HTTPError as error:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from sqlalchemy import JSON, ForeignKey, Index, case, or_, select, update
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from basalt import tracing
 from basalt.record.clock import now
 from basalt.record.database import Base
 
@@ -60,6 +61,7 @@ class Job(Base):
     worker: Mapped[str | None]
     leased_until: Mapped[float | None]
     sent_at: Mapped[float | None]  # when it was last put on the queue
+    traceparent: Mapped[str | None]  # W3C's, of the request that submitted it: every attempt is part of its trace
 
     __table_args__ = (Index("jobs_by_status", "kind", "status"), Index("jobs_by_time", "kind", "created_at"))
 
@@ -101,7 +103,8 @@ def new_id(prefix: str) -> str:
 
 
 def create(session: Session, kind: str, request: dict[str, Any], *, owner: str = "") -> Job:
-    job = Job(id=new_id("ftjob" if kind == "training" else "evalrun"), kind=kind, request=request, owner=owner)
+    new = new_id("ftjob" if kind == "training" else "evalrun")
+    job = Job(id=new, kind=kind, request=request, owner=owner, traceparent=tracing.headers().get("traceparent"))
     session.add(job)
     session.flush()
     add_event(session, job.id, "Created")

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from basalt import tracing
 from basalt.record import jobs
 from basalt.record.database import Sessions
 from basalt.record.jobs import Job, LeaseLost
@@ -75,8 +76,11 @@ def work_on(sessions: Sessions, job_id: str, worker: str, work: Callable[[Job, L
         return
     lease = Lease(sessions, job)
     lease.start()
+    submitted = {"traceparent": job.traceparent} if job.traceparent else {}
     try:
-        status, values, message = work(job, lease)
+        with tracing.span(job.kind, "consumer", submitted, job=job.id, worker=worker, attempt=job.attempts) as span:
+            status, values, message = work(job, lease)
+            span.told(status=status)
         lease.close()
         with sessions.begin() as session:
             jobs.release(session, job, status, **values)
@@ -85,3 +89,4 @@ def work_on(sessions: Sessions, job_id: str, worker: str, work: Callable[[Job, L
         log.warning("%s", lost)
     finally:
         lease.close()
+        tracing.flush()  # a worker's process may be ended without notice

@@ -1,6 +1,6 @@
 """The evaluator's HTTP face: OpenAI's evals and their runs. `python -m services.evaluator`"""
 
-import logging
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -9,8 +9,9 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from pydantic import ValidationError
 
-from basalt import api_errors
+from basalt import api_errors, logs, tracing
 from basalt.api_errors import bad_request
+from basalt.api_requests import Requests
 from basalt.auth import Guard
 from basalt.record.database import open_database
 from basalt.record.evals import KIND, NoSuchEval
@@ -38,9 +39,11 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with dispatcher.reconciling():
             yield
+        await asyncio.to_thread(tracing.flush)
 
     app = FastAPI(title="Basalt evaluator", summary="OpenAI's evals and their runs", lifespan=lifespan)
     api_errors.install(app, "evaluator")
+    app.add_middleware(Requests, service="evaluator")
     told = ((NoSuchEval, 404, "not_found"), (NoSuchFile, 404, "not_found"), (NotPossible, 409, "conflict"))
     for kind, status, code in told:
         app.add_exception_handler(kind, _told(status, code))
@@ -62,8 +65,9 @@ def _told(status: int, code: str) -> Callable[[Request, Exception], Response]:
 
 def main() -> None:
     """Exit code 2: could not start."""
-    logging.basicConfig(level=logging.WARNING, format="basalt evaluator: %(message)s", stream=sys.stderr)
+    logs.log_to_stderr()
     try:
+        tracing.begin("evaluator")
         settings = Settings()
         app = create_app(settings)
     except ValidationError as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy.exc import OperationalError
 
+from basalt import tracing
 from basalt.data.readers import DataError
 from basalt.eval import run as running
 from basalt.eval.asking import Limits, Price, Progress
@@ -82,14 +83,16 @@ class Attempt:
             message = f"given up: it ended {jobs.MAX_ATTEMPTS} times in a row without a new answer"
             return self._failed("attempts_exhausted", message)
         try:
-            result = asyncio.run(self._evaluate())
+            with tracing.span("evaluate"):
+                result = asyncio.run(self._evaluate())
             if self.lease.lost:
                 raise LeaseLost(f"run {self.job.id} is no longer this worker's")
             if result.stopped and self._interrupted():
                 return self._at_rest()
             if result.stopped:
                 return self._again(result.stopped)
-            return asyncio.run(self._publish(result))
+            with tracing.span("publish"):
+                return asyncio.run(self._publish(result))
         except (DataError, NoSuchFile) as error:
             return self._failed("invalid_data", str(error))
         except (AskError, StoreUnavailable) as error:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
 from basalt import api_errors as errors
+from basalt import logs, tracing
 from basalt.auth import Caller, Guard
 from basalt.object_store import IMAGES, ObjectStore, StoreUnavailable
 from basalt.record.api_keys import LIMITS
@@ -31,7 +32,7 @@ from services.gateway.limits import Buckets, FairQueue, Limits, Room
 from services.gateway.llm_client import LLMClient
 from services.gateway.settings import Settings
 from services.gateway.sources import Sources
-from services.gateway.telemetry import Telemetry, log_to_stderr
+from services.gateway.telemetry import Telemetry
 from services.gateway.vision_client import VisionClient
 
 log = logging.getLogger("basalt.gateway")
@@ -59,6 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
             sweeping.cancel()
         await services.close()
         record.close()
+        await asyncio.to_thread(tracing.flush)
 
     app = FastAPI(title="Basalt", summary="An OpenAI-compatible gateway to your vision assistants", lifespan=lifespan)
     errors.install(app, "gateway")
@@ -173,7 +175,8 @@ def main() -> None:
     """Exit code 2: could not start."""
     try:
         settings = Settings()
-        log_to_stderr(settings.log_level)
+        logs.log_to_stderr(settings.log_level)
+        tracing.begin("gateway")
         settings.check_store()
         app = create_app(settings)
     except ValidationError as error:

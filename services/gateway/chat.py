@@ -96,7 +96,7 @@ async def _ask(chat: ChatRequest, images: dict[Source, StoredImage], services: S
     """
     while True:
         by_reference = services.llm.sees_handoff()
-        with telemetry.stage("vision"):
+        with telemetry.stage("vision", "client"):
             tokens = await _replace_images(chat, images, services, by_reference=by_reference)
         try:
             response = await services.llm.chat(chat.encode(), show_usage=chat.wants_usage)

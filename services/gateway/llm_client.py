@@ -12,10 +12,12 @@ import httpx
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
+from basalt import tracing
 from basalt.api_errors import APIError, failed, timed_out, unavailable
 from basalt.handoff import MISSED
+from basalt.logs import REQUEST_ID_HEADER
 from services.gateway import telemetry
-from services.gateway.telemetry import REQUEST_ID_HEADER, Record
+from services.gateway.telemetry import Record
 
 log = logging.getLogger("basalt.gateway")
 
@@ -72,9 +74,10 @@ class LLMClient:
         record = telemetry.record()
         # Clients may use an id twice; to the service it must be one request's.
         headers = {"Content-Type": "application/json", REQUEST_ID_HEADER: f"{record.id}-{uuid4().hex[:8]}"}
-        request = self._http.build_request("POST", "/v1/chat/completions", content=body, headers=headers)
         try:
-            with telemetry.stage("llm"):
+            with telemetry.stage("llm", "client"):
+                headers |= tracing.headers()
+                request = self._http.build_request("POST", "/v1/chat/completions", content=body, headers=headers)
                 upstream = await self._http.send(request, stream=True)
             if upstream.is_success and upstream.headers.get("content-type", "").startswith("text/event-stream"):
                 return self._stream(upstream, record, show_usage)
@@ -102,12 +105,15 @@ class LLMClient:
         """Whole events as they come."""
         sent, usage = 0, None
         rest = b""
+        span = tracing.span("first_token")
         try:
             async for chunk in upstream.aiter_raw():
                 whole, end, rest = (rest + chunk).rpartition(b"\n\n")
                 events = whole + end
                 if not sent and events:
                     record.first_token()
+                    span.end()
+                    span = tracing.span("stream")
                 sent += events.count(b"data: ")
                 if told := _USAGE_EVENT.search(events):
                     usage = _usage(told[1])
@@ -119,6 +125,7 @@ class LLMClient:
         finally:
             # An answer that was broken off has not told its usage: each event was a token, more or less.
             record.used(usage or {"completion_tokens": sent})
+            span.end()
             await upstream.aclose()
 
     def _told(self, error: httpx.HTTPError) -> APIError:

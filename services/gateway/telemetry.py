@@ -3,26 +3,21 @@
 No image, no prompt and no answer is told; of URLs only the host.
 """
 
-import json
 import logging
-import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import uuid4
 
 from prometheus_client import Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-log = logging.getLogger("basalt.gateway")
+from basalt import logs, tracing
+from basalt.api_requests import server_span, tell
 
-REQUEST_ID_HEADER = "X-Request-Id"
-_CLIENTS_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-QUIET = ("/healthz", "/readyz", "/metrics")  # asked every few seconds by machines: counted, not logged
+log = logging.getLogger("basalt.gateway")
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
@@ -80,7 +75,8 @@ class Record:
     def first_token(self) -> None:
         FIRST_TOKEN.labels(self.assistant).observe(time.perf_counter() - self.began)
 
-    def close(self) -> None:
+    def close(self, span: tracing.Span) -> None:
+        """Tells of it, within its span."""
         seconds = time.perf_counter() - self.began
         REQUESTS.labels(self.route, self.assistant, self.status).inc()
         SECONDS_TAKEN.labels(self.route).observe(seconds)
@@ -88,7 +84,10 @@ class Record:
         for kind, count in kinds.items():
             if count:
                 TOKENS.labels(self.assistant, kind).inc(count)
-        if self.path not in QUIET and log.isEnabledFor(logging.INFO):
+        if tracing.on():
+            counted = {f"{kind}_tokens": count for kind, count in kinds.items() if count}
+            span.told(caller=self.caller, assistant=self.assistant, images=self.images, **counted)
+        if self.path not in logs.QUIET and log.isEnabledFor(logging.INFO):
             told = {
                 "method": self.method,
                 "path": self.path,
@@ -112,11 +111,12 @@ def record() -> Record:
 
 
 @contextmanager
-def stage(name: str) -> Iterator[None]:
-    """Times a part of the way."""
+def stage(name: str, kind: tracing.Kind = "internal") -> Iterator[None]:
+    """Times a part of the way, and makes a span of it."""
     began = time.perf_counter()
     try:
-        yield
+        with tracing.span(name, kind):
+            yield
     finally:
         seconds = time.perf_counter() - began
         STAGE.labels(name).observe(seconds)
@@ -134,8 +134,8 @@ class Telemetry:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = Record(_request_id(scope["headers"]), scope["method"], scope["path"])
-        header = (REQUEST_ID_HEADER.lower().encode(), request.id.encode())
+        request = Record(logs.id_of(scope["headers"]), scope["method"], scope["path"])
+        header = (logs.REQUEST_ID_HEADER.lower().encode(), request.id.encode())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -144,45 +144,16 @@ class Telemetry:
             await send(message)
 
         token = _current.set(request)
-        try:
-            async with request.held:
-                await self._app(scope, receive, send_with_id)
-        except Exception:
-            request.status = request.status or 500
-            raise
-        finally:
-            request.route = getattr(scope.get("route"), "path", "other")
-            request.close()
-            _current.reset(token)
-
-
-def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
-    """The client's own, where it is one that may stand in logs and headers."""
-    for name, value in headers:
-        if name == b"x-request-id" and _CLIENTS_ID.fullmatch(value):
-            return value.decode()
-    return f"req_{uuid4().hex}"
-
-
-class JSONLines(logging.Formatter):
-    """One JSON object a line, with the id of the request it was said for."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        told = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-            "request_id": globals()["record"]().id,
-            **getattr(record, "told", {}),
-        }
-        if record.exc_info:
-            told["exception"] = self.formatException(record.exc_info)
-        return json.dumps({name: value for name, value in told.items() if value != ""}, ensure_ascii=False)
-
-
-def log_to_stderr(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JSONLines())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    log.setLevel(level)
+        logs.request_id.set(request.id)
+        with tracing.OFF if request.path in logs.QUIET else server_span(scope, request.id) as span:
+            try:
+                async with request.held:
+                    await self._app(scope, receive, send_with_id)
+            except Exception:
+                request.status = request.status or 500
+                raise
+            finally:
+                request.route = getattr(scope.get("route"), "path", "other")
+                request.close(span)
+                tell(span, scope, request.status)
+                _current.reset(token)

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from basalt import logs, tracing
 from basalt.api_errors import APIError, bad_request, failed, timed_out, unavailable
 from basalt.handoff import DTYPES, Blob
 from basalt.rpc.vision.v1 import vision_pb2, vision_pb2_grpc
@@ -154,13 +155,14 @@ class VisionClient:
     async def _ask(self, model: str, image: StoredImage, by_reference: bool) -> vision_pb2.EmbedResponse:
         by_key = vision_pb2.EmbedRequest(assistant=model, object_key=image.key, by_reference=by_reference)
         by_bytes = vision_pb2.EmbedRequest(assistant=model, image_bytes=image.data, by_reference=by_reference)
+        metadata = (("x-request-id", logs.request_id.get()), *tracing.headers().items())
         try:
-            return await self._stub.Embed(by_key, timeout=self._embed_seconds)
+            return await self._stub.Embed(by_key, timeout=self._embed_seconds, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             if error.code() != grpc.StatusCode.NOT_FOUND:
                 raise
             # The service may have another object store than ours; the bytes serve as well.
-            return await self._stub.Embed(by_bytes, timeout=self._embed_seconds)
+            return await self._stub.Embed(by_bytes, timeout=self._embed_seconds, metadata=metadata)
 
     def forget(self, model: str, tokens: Sequence[VisualTokens]) -> bool:
         """What was remembered of these is not there any more; whether anything was."""

@@ -1,7 +1,11 @@
-"""The paths that are open: vLLM's server has others, which take tensors or token ids unchecked."""
+"""What stands around vLLM's server: the paths that are open (it has others, which take tensors or token ids unchecked),
+and a log line for each request.
+"""
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
+from basalt.api_requests import Requests
 
 OPEN = {
     "/health",
@@ -32,3 +36,10 @@ class OpenPaths:
             await JSONResponse({"error": error}, status_code=404)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+
+class LLMRequests(Requests):
+    """vLLM makes its middleware of the application alone."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(app, "llm")

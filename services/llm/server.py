@@ -10,6 +10,7 @@ from importlib.metadata import packages_distributions
 
 from pydantic import ValidationError
 
+from basalt import logs, tracing
 from basalt.assistants import Assistant, AssistantError
 from basalt.catalog import Catalog
 from services.llm.fit import ARCHITECTURES, LORA_RANKS, BaseLM, Misfit, check_fit
@@ -36,6 +37,7 @@ def main() -> None:
         sys.exit(_refuse(str(error)))
     _say(f"{', '.join(a.name for a in assistants)} on {base_lm.directory} at http://{settings.host}:{settings.port}")
     set_environment(settings)
+    logs.log_to_stderr()
     serve(arguments, catalog, base_lm, max_lora_rank(settings, assistants))
 
 
@@ -90,7 +92,6 @@ def vllm_arguments(settings: Settings, base_lm: BaseLM, assistants: list[Assista
         "mm-processor-cache-gb": "0",
         "tool-call-parser": settings.tool_parser,
         "shutdown-timeout": str(settings.drain_seconds),
-        "middleware": "services.llm.paths.OpenPaths",
         "uvicorn-log-level": "warning",
     }
     flags = [
@@ -103,6 +104,9 @@ def vllm_arguments(settings: Settings, base_lm: BaseLM, assistants: list[Assista
         "disable-uvicorn-access-log",
     ]
     line = [f"--{name}={value}" for name, value in arguments.items()] + [f"--{name}" for name in flags]
+    line += ["--middleware=services.llm.paths.OpenPaths", "--middleware=services.llm.paths.LLMRequests"]
+    if collector := tracing.endpoint():
+        line += [f"--otlp-traces-endpoint={collector}"]
     line += ["--served-model-name", f"base-lm:{base_lm.directory.resolve().name}"]
     line += [
         "--enable-lora",
@@ -128,6 +132,8 @@ def set_environment(settings: Settings) -> None:
         "TRANSFORMERS_OFFLINE": "1",
     }
     os.environ.setdefault("VLLM_LOGGING_LEVEL", settings.log_level)
+    os.environ["OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"] = tracing.PROTOCOL
+    os.environ.setdefault("OTEL_SERVICE_NAME", "basalt-llm")
     # The threads are left to the system: pinned ones would share cores with the other services'.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # Threads that spin while they wait take the core of the one they wait for: beside other work an answer took ten

@@ -1,6 +1,6 @@
 """The trainer's HTTP face: OpenAI's files and fine-tuning jobs. `python -m services.trainer`"""
 
-import logging
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -9,8 +9,9 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from pydantic import ValidationError
 
-from basalt import api_errors
+from basalt import api_errors, logs, tracing
 from basalt.api_errors import bad_request
+from basalt.api_requests import Requests
 from basalt.auth import Guard
 from basalt.record.database import open_database
 from basalt.record.files import NoSuchFile
@@ -35,9 +36,11 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with dispatcher.reconciling():
             yield
+        await asyncio.to_thread(tracing.flush)
 
     app = FastAPI(title="Basalt trainer", summary="OpenAI's files and fine-tuning jobs", lifespan=lifespan)
     api_errors.install(app, "trainer")
+    app.add_middleware(Requests, service="trainer")
     told = ((NoSuchFile, 404, "not_found"), (NoSuchJob, 404, "not_found"), (NotPossible, 409, "conflict"))
     for kind, status, code in told:
         app.add_exception_handler(kind, _told(status, code))
@@ -60,8 +63,9 @@ def _told(status: int, code: str) -> Callable[[Request, Exception], Response]:
 
 def main() -> None:
     """Exit code 2: could not start."""
-    logging.basicConfig(level=logging.WARNING, format="basalt trainer: %(message)s", stream=sys.stderr)
+    logs.log_to_stderr()
     try:
+        tracing.begin("trainer")
         settings = Settings()
         settings.check_store()
         app = create_app(settings)

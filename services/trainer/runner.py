@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from basalt import tracing
 from basalt.api_errors import APIError
 from basalt.object_store import ObjectStore, StoreUnavailable
 from basalt.record import jobs
@@ -80,7 +81,8 @@ class Attempt:
             return self._failed("attempts_exhausted", message)
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
-            prepared = self._with_patience(self._prepare)
+            with tracing.span("prepare"):
+                prepared = self._with_patience(self._prepare)
         except APIError as error:
             return self._failed(error.code or "invalid_training_job", error.message)
         (self.directory / PLAN).write_text(prepared.model_dump_json())
@@ -88,9 +90,11 @@ class Attempt:
         self.tell(
             f"Training on {self.job.worker}" + ("" if self.job.attempts == 1 else f", attempt {self.job.attempts}")
         )
-        code = self._train(prepared)
+        with tracing.span("train"):
+            code = self._train(prepared)
         if code == DONE:
-            return self._with_patience(lambda: self._publish(prepared))
+            with tracing.span("publish"):
+                return self._with_patience(lambda: self._publish(prepared))
         if code == STOPPED:
             return self._at_rest()
         if code in (REFUSED, NO_ROOM) and (self.directory / REFUSAL).is_file():

@@ -1,17 +1,19 @@
 """From image bytes to visual tokens: decode, tower (batched, once for all assistants), projector."""
 
 import asyncio
+import contextvars
 import enum
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from basalt import tracing
 from basalt.assistants import Assistant, TowerSpec, sha256
 from basalt.caching import ByteLRU
 from basalt.catalog import Catalog
@@ -57,10 +59,13 @@ class Embedding:
     handed_off: bool
 
 
+Pixels = tuple[Tensor, tracing.Span]  # [3, S, S], and what waits for them
+
+
 @dataclass(frozen=True)
 class _Tower:
     encoder: VisionEncoder
-    batcher: Batcher[Tensor, Tensor]
+    batcher: Batcher[Pixels, Tensor]
 
 
 class Embedder:
@@ -133,7 +138,9 @@ class Embedder:
     async def _embed(self, assistant: Assistant, image_id: str, data: bytes | None, deadline: float) -> Embedding:
         """`data` is None where the image is in the object store."""
         digest = sha256("\n".join((image_id, assistant.version, self._settings.dtype)).encode())
-        known = self._near.get(digest)
+        with tracing.span("look_up") as span:
+            known = self._near.get(digest)
+            span.told(found=known is not None)
         if known is not None:
             found = known, Cached.EMBEDDINGS, True
         elif self._busy >= self._settings.queue_size:
@@ -155,7 +162,7 @@ class Embedder:
     async def _find_or_compute(
         self, assistant: Assistant, digest: str, image_id: str, data: bytes | None, deadline: float
     ) -> tuple[Blob, Cached, bool]:
-        blob = await self._far.get(digest) if self._far else None
+        blob = await self._look_up_far(self._far, digest) if self._far else None
         if blob is not None:
             return blob, Cached.EMBEDDINGS, self._near.put(digest, blob)
         key = tower_id(assistant.manifest.tower)
@@ -167,7 +174,8 @@ class Embedder:
                 (image_id, key), lambda: self._compute(key, tower, image_id, data, deadline)
             )
         loop = asyncio.get_running_loop()
-        blob = await loop.run_in_executor(self._torch_worker, self._project, assistant, features)
+        within = contextvars.copy_context()
+        blob = await loop.run_in_executor(self._torch_worker, lambda: within.run(self._project, assistant, features))
         with timed("hand_off"):
             handed_off = self._near.put(digest, blob)
         if self._far is not None:
@@ -176,6 +184,10 @@ class Embedder:
             storing.add_done_callback(self._storing.discard)
         return blob, cached, handed_off
 
+    async def _look_up_far(self, far: SharedCache, digest: str) -> Blob | None:
+        with timed("shared_cache"):
+            return await far.get(digest)
+
     async def _compute(self, key: str, tower: _Tower, image_id: str, data: bytes | None, deadline: float) -> Tensor:
         """Bytes → features `[tokens, tower_dim]`, on the tower's device."""
         with timed("read"):
@@ -183,7 +195,7 @@ class Embedder:
         with timed("decode"):
             pixels = await self._off_loop(self._decode, tower.encoder, data)
         with timed("queue_and_tower"):
-            features = await tower.batcher.submit(pixels, deadline)
+            features = await tower.batcher.submit((pixels, tracing.current()), deadline)
         self._features.put((image_id, key), features, features.nbytes)
         return features
 
@@ -211,8 +223,8 @@ class Embedder:
 
     def _load_tower(self, spec: TowerSpec) -> _Tower:
         encoder = load_vision_encoder(spec).to(self._settings.device, self._tower_dtype(spec))
-        batcher: Batcher[Tensor, Tensor] = Batcher(
-            lambda pixels: self._run_tower(encoder, pixels),
+        batcher: Batcher[Pixels, Tensor] = Batcher(
+            lambda batch: self._run_tower(encoder, batch),
             self._torch_worker,
             max_batch=max(1, self._settings.batch_tokens // spec.tokens),
             wait_seconds=self._settings.batch_wait_ms / 1000,
@@ -234,11 +246,13 @@ class Embedder:
             metrics.PROJECTORS.set(len(self._projectors))
         return loaded
 
-    def _run_tower(self, tower: VisionEncoder, pixels: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _run_tower(self, tower: VisionEncoder, batch: Sequence[Pixels]) -> Sequence[Tensor]:
         """`[3, S, S]` each → `[tokens, tower_dim]` each, of their own memory so that a cache may keep one alone."""
-        with timed("tower"), torch.inference_mode():
-            features = tower(torch.stack(list(pixels)))
-        metrics.BATCH.observe(len(pixels))
+        with ExitStack() as spans, observed("tower"), torch.inference_mode():
+            for _, waiting in batch:
+                spans.enter_context(tracing.span("tower", parent=waiting, batch=len(batch)))
+            features = tower(torch.stack([pixels for pixels, _ in batch]))
+        metrics.BATCH.observe(len(batch))
         return [one.clone() for one in features]
 
     def _project(self, assistant: Assistant, features: Tensor) -> Blob:
@@ -256,6 +270,13 @@ class Embedder:
 
 @contextmanager
 def timed(stage: str) -> Iterator[None]:
+    """Times a stage of the current request, and makes a span of it."""
+    with tracing.span(stage), observed(stage):
+        yield
+
+
+@contextmanager
+def observed(stage: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     metrics.STAGE.labels(stage).observe(time.perf_counter() - began)

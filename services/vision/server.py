@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import sys
+import time
 
 import grpc
 import prometheus_client
@@ -12,6 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from pydantic import ValidationError
 
+from basalt import logs, tracing
 from basalt.assistants import AssistantError
 from basalt.catalog import Catalog, UnknownAssistant
 from basalt.data.images import ImageError
@@ -24,6 +26,7 @@ from services.vision.settings import Settings
 log = logging.getLogger("basalt.vision")
 
 SERVICE = vision_pb2.DESCRIPTOR.services_by_name["Vision"].full_name
+NAME_LENGTH = 200  # of an assistant's name in logs and spans, whatever was asked for
 MAX_RESPONSE_BYTES = 64 * 1024 * 1024  # of one image's visual tokens: 729 × 4096 float32 are 12 MB
 
 STATUS = {
@@ -57,15 +60,22 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
     async def Embed(
         self, request: vision_pb2.EmbedRequest, context: grpc.aio.ServicerContext
     ) -> vision_pb2.EmbedResponse:
+        sent = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+        logs.request_id.set(sent.get(logs.REQUEST_ID_HEADER.lower(), ""))
         remaining = context.time_remaining()
         deadline = asyncio.get_running_loop().time() + (self._max_seconds if remaining is None else remaining)
+        began = time.perf_counter()
         try:
-            # Past its deadline a request is cancelled, and what is cancelled is taken out of the queue.
-            async with asyncio.timeout_at(deadline):
-                embedding = await self._embed(request, deadline)
+            with tracing.span("Embed", "server", sent, assistant=request.assistant[:NAME_LENGTH]) as span:
+                # Past its deadline a request is cancelled, and what is cancelled is taken out of the queue.
+                async with asyncio.timeout_at(deadline):
+                    embedding = await self._embed(request, deadline)
+                span.told(cached=embedding.cached.value)
+                _tell(request, began, status="OK", image=embedding.image_id, cached=embedding.cached.value)
         except tuple(STATUS) as error:
             status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
             metrics.ERRORS.labels(status.name).inc()
+            _tell(request, began, status=status.name)
             await context.abort(status, str(error) or "the deadline passed before the image was embedded")
         return vision_pb2.EmbedResponse(
             data=b"" if request.by_reference and embedding.handed_off else bytes(embedding.blob.data),
@@ -99,6 +109,12 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
                 return await self._embedder.embed_object(request.assistant, request.object_key, deadline)
             case _:
                 raise ImageError("the request has no image: set image_bytes or object_key")
+
+
+def _tell(request: vision_pb2.EmbedRequest, began: float, **told: str) -> None:
+    """The log line of a request."""
+    seconds = round(time.perf_counter() - began, 4)
+    log.info("request", extra={"told": {"assistant": request.assistant[:NAME_LENGTH], "seconds": seconds, **told}})
 
 
 class VisionServer:
@@ -191,17 +207,22 @@ async def serve(settings: Settings) -> None:
     await stopping.wait()
     log.info("stopping: finishing running requests")
     await server.stop()
+    await asyncio.to_thread(tracing.flush)
 
 
 def main() -> None:
     """Exit code 2: could not start."""
-    logging.basicConfig(level=logging.INFO, format="basalt vision: %(message)s", stream=sys.stderr)
+    logs.log_to_stderr()
     try:
+        tracing.begin("vision")
         asyncio.run(serve(Settings()))
     except ValidationError as error:
         problem = error.errors()[0]
-        log.error("setting %s: %s", ".".join(map(str, problem["loc"])), problem["msg"])
-        sys.exit(2)
-    except StartError as error:
-        log.error("%s", error)
-        sys.exit(2)
+        sys.exit(_refuse(f"setting {'.'.join(map(str, problem['loc']))}: {problem['msg']}"))
+    except (StartError, ValueError) as error:
+        sys.exit(_refuse(str(error)))
+
+
+def _refuse(line: str) -> int:
+    print(f"basalt vision: {line}", file=sys.stderr, flush=True)
+    return 2
