@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -49,6 +50,7 @@ def vllm_error(message: str, status: int, param: str = "input_tokens") -> JSONRe
 @dataclass
 class LLMShaped:
     bodies: list[dict[str, Any]] = field(default_factory=list)  # of the requests so far
+    headers: list[Headers] = field(default_factory=list)
     sees_handoff: bool = False
     evicted: int = 0  # so many references more lead nowhere
     given_up: int = 0  # requests whose client went before the answer was whole
@@ -64,6 +66,7 @@ class LLMShaped:
             self.evicted = max(0, self.evicted - 1)
             return vllm_error("no embeddings lie there", 400, MISSED)
         self.bodies.append(body)
+        self.headers.append(request.headers)
         content = body["messages"][-1].get("content")
         texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or []]
         said = texts[-1] if texts else ""
