@@ -18,6 +18,7 @@ from basalt.record.evals import KIND, NoSuchEval
 from basalt.record.files import NoSuchFile
 from basalt.record.jobs import NotPossible
 from basalt.record.reader import Reader
+from basalt.work import metrics
 from basalt.work.dispatch import Dispatcher
 from basalt.work.queue import Queue
 from services.evaluator import evals
@@ -49,6 +50,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(kind, _told(status, code))
     guard = Guard(Reader(sessions), "evaluate", host=settings.host, required=settings.require_key or None)
     app.include_router(evals.router(settings, sessions, store, data, dispatcher), dependencies=[Depends(guard)])
+
+    app.include_router(metrics.router(sessions, KIND))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:

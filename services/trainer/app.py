@@ -17,6 +17,7 @@ from basalt.record.database import open_database
 from basalt.record.files import NoSuchFile
 from basalt.record.jobs import NoSuchJob, NotPossible
 from basalt.record.reader import Reader
+from basalt.work import metrics
 from basalt.work.dispatch import Dispatcher
 from basalt.work.queue import Queue
 from services.trainer import files, fine_tuning
@@ -47,6 +48,8 @@ def create_app(settings: Settings) -> FastAPI:
     guard = Guard(Reader(sessions), "train", host=settings.host, required=settings.require_key or None)
     for router in (files.router(settings, sessions, store), fine_tuning.router(settings, sessions, dispatcher)):
         app.include_router(router, dependencies=[Depends(guard)])
+
+    app.include_router(metrics.router(sessions, KIND))
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
