@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from starlette.datastructures import Headers
 
 Behave = Callable[[dict[str, Any], int], Awaitable[Response]]
 
@@ -37,7 +38,7 @@ class Server:
     """Attributes:
     url: with its /v1.
     asked: how often each text was asked; of the greeting by which the asker finds out who answers, none.
-    bodies: every request's.
+    bodies, headers: every request's.
     most: requests under way at most.
     """
 
@@ -45,6 +46,7 @@ class Server:
         self.behave, self.version = behave, version
         self.asked: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
+        self.headers: list[Headers] = []
         self.times: list[float] = []
         self.under_way = self.most = 0
         self.app = FastAPI()
@@ -66,6 +68,7 @@ class Server:
             return completion("Hello!")
         self.asked[text] += 1
         self.bodies.append(body)
+        self.headers.append(request.headers)
         self.times.append(time.monotonic())
         self.under_way += 1
         self.most = max(self.most, self.under_way)

@@ -12,6 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.collector import Collector, collecting
 from tests.eval.openai_shaped import Server, completion, serving
 from tests.stack.conftest import free_ports
 from tests.trainer.conftest import answers, wait
@@ -72,7 +73,13 @@ def assistant() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def evaluator(tmp_path_factory: pytest.TempPathFactory, assistant: Server) -> Iterator[Evaluator]:
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def evaluator(tmp_path_factory: pytest.TempPathFactory, assistant: Server, collector: Collector) -> Iterator[Evaluator]:
     directory = tmp_path_factory.mktemp("evaluator")
     api, redis = free_ports(2)
     (directory / "data").mkdir()
@@ -88,6 +95,7 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory, assistant: Server) -> It
         "BASALT_EVALUATOR_RETRY_SECONDS": "0.2",
         "BASALT_EVALUATOR_ENDPOINTS": json.dumps({"nowhere": {"url": "http://127.0.0.1:9/v1", "key": "secret"}}),
         "PYTHONPATH": str(ROOT),
+        **collector.environment(),
     }
     running = Evaluator(directory, f"http://127.0.0.1:{api}", redis, environment)
     for name in ("redis", "api", "worker"):

@@ -10,9 +10,11 @@ import openai
 import pytest
 from fastapi import Response
 
+from tests.collector import Collector
 from tests.eval.openai_shaped import Server, completion, text_of
 from tests.eval.test_run import write_vqa
 from tests.evaluator.conftest import Evaluator
+from tests.trainer.conftest import wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -162,3 +164,41 @@ def test_a_run_that_cannot_be_says_why(evaluator: Evaluator) -> None:
     assert failed.error.code == "not_answered" and "no server answers at http://127.0.0.1:9/v1" in failed.error.message
     events = httpx.get(f"{evaluator.url}/v1/evals/{made.id}/runs/{run.id}/events").json()["data"]
     assert sum("it is tried again" in event["message"] for event in events) == 2
+
+
+def test_a_run_goes_on_with_its_submitters_trace_on_every_worker(
+    evaluator: Evaluator, assistant: Server, collector: Collector
+) -> None:
+    """The API's span, each worker's attempt below it, and what the workers ask the gateway below that."""
+    assistant.behave = right_but_slow
+    trace = "e" * 32
+    request = make_data(evaluator, "traced", 300)
+    request["run"] = {"data_source": {"type": "completions", "model": "m"}}
+    headers = {"traceparent": f"00-{trace}-{'c' * 16}-01", "x-request-id": "mine"}
+    answer = httpx.post(f"{evaluator.url}/v1/evals", json=request, headers=headers).raise_for_status()
+    assert answer.headers["x-request-id"] == "mine"
+    eval_id, run_id = answer.json()["id"], answer.json()["run"]["id"]
+    wait(lambda: len(asked_of(assistant, trace)) > 10, 60)
+    told = httpx.get(f"{evaluator.url}/metrics").text
+    assert 'basalt_jobs{kind="evaluation",status="running"} 1.0' in told
+    evaluator.kill("worker")
+    evaluator.start("worker")
+    until(evaluator, eval_id, run_id, "completed", seconds=120)
+    collector.wait_for(lambda: any(span.name == "evaluation" for span in collector.of_trace(trace)))
+    spans = collector.of_trace(trace)
+    api = next(span for span in spans if span.name == "POST /v1/evals")
+    assert (api.service, api.parent, api.attributes["request_id"]) == ("basalt-evaluator", "c" * 16, "mine")
+    attempt = next(span for span in spans if span.name == "evaluation")  # a worker that was killed has told nothing
+    assert (attempt.service, attempt.parent) == ("basalt-eval-worker", api.id)
+    assert attempt.attributes["job"] == run_id and attempt.attributes["status"] == "succeeded"
+    phases = {span.name: span for span in spans if span.parent == attempt.id}
+    assert list(phases) == ["evaluate", "publish"]
+    parents = {header.split("-")[2] for header in asked_of(assistant, trace)}
+    assert len(parents) == 2 and phases["evaluate"].id in parents  # of both attempts
+    assert not any(b"traced q" in message or b"secret" in message for message in collector.raw)
+
+
+def asked_of(assistant: Server, trace: str) -> list[str]:
+    """The traceparent of every question of a trace."""
+    sent = [headers.get("traceparent", "") for headers in assistant.headers]
+    return [header for header in sent if header.split("-")[1:2] == [trace]]

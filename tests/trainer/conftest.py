@@ -19,6 +19,7 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
+from tests.collector import Collector, collecting
 from tests.stack.conftest import free_ports
 from tests.tiny_lm import IMAGE_TOKEN_ID, make_lm
 
@@ -90,7 +91,13 @@ def wait(true: Callable[[], object], seconds: float) -> None:
 
 
 @pytest.fixture(scope="session")
-def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def trainer(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Trainer]:
     directory = tmp_path_factory.mktemp("trainer")
     api, redis = free_ports(2)
     make_recipes(directory / "recipes" / "tiny", make_lm(directory / "tiny-lm"))
@@ -105,6 +112,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
         "BASALT_TRAINER_FEATURES": str(directory / "features"),
         "BASALT_TRAINER_RECONCILE_SECONDS": "1",
         "PYTHONPATH": str(ROOT),
+        **collector.environment(),
     }
     running = Trainer(directory, f"http://127.0.0.1:{api}", redis, environment)
     for name in ("redis", "api", "worker"):

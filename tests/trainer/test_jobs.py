@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from basalt.assistants import load_assistant
 from basalt.cli import app
 from basalt.model.assistant import LocalAssistant
+from tests.collector import Collector
 from tests.trainer.conftest import Trainer, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -44,7 +45,7 @@ def until(trainer: Trainer, job_id: str, *statuses: str, seconds: float = 200) -
 
 
 def test_a_job_trains_both_stages_and_publishes(
-    trainer: Trainer, rows: bytes, images: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trainer: Trainer, rows: bytes, images: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, collector: Collector
 ) -> None:
     client = trainer.client()
     job_id = submit(trainer, rows, images, steps=20)
@@ -70,6 +71,13 @@ def test_a_job_trains_both_stages_and_publishes(
     files = [client.files.retrieve(name) for name in job.result_files]
     assert [file.filename for file in files] == ["step_metrics.csv", "training.log"]
     assert client.files.content(files[0].id).text.startswith("phase,step,loss")
+    collector.wait_for(lambda: any(span.name == "training" for span in collector.spans), 20)
+    (attempt,) = [span for span in collector.spans if span.name == "training"]
+    (submitted,) = [span for span in collector.spans if span.id == attempt.parent]
+    assert (submitted.service, submitted.name) == ("basalt-trainer", "POST /v1/fine_tuning/jobs")
+    below = [span.name for span in collector.of_trace(attempt.trace) if span.parent == attempt.id]
+    assert attempt.attributes["job"] == job_id and below == ["prepare", "train", "publish"]
+    assert 'basalt_jobs{kind="training",status="succeeded"} 1.0' in httpx.get(f"{trainer.url}/metrics").text
 
 
 def test_stage_2_goes_on_from_another_job_where_the_projector_fits(
