@@ -33,7 +33,7 @@ class Jobs(Collector):
         of_kind = Job.kind == self._kind
         with self._sessions() as session:
             counted = select(Job.status, func.count()).where(of_kind).group_by(Job.status)
-            found: dict[str, int] = dict(row._tuple() for row in session.execute(counted))
+            found: dict[str, int] = {row[0]: row[1] for row in session.execute(counted)}
             unbegun = select(now() - func.min(Job.created_at)).where(of_kind, Job.status == "queued")
             waited = session.scalar(unbegun.where(Job.started_at.is_(None)))
             at_work = session.execute(

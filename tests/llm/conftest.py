@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from basalt.assistants import Manifest, seal
+from tests.collector import Collector, collecting
 
 LM_DIM = 64
 CONTEXT = 1024
@@ -64,6 +65,13 @@ class Service:
     base_lm_dir: Path
     models_dir: Path
     process: subprocess.Popen[bytes]
+    log: IO[bytes]
+
+    def lines(self, request_id: str) -> list[dict[str, Any]]:
+        """What its log says of a request."""
+        self.log.seek(0)
+        lines = [json.loads(line) for line in self.log.read().splitlines() if line.startswith(b'{"')]
+        return [line for line in lines if line.get("request_id") == request_id]
 
     def post(self, body: dict[str, Any], path: str = "/v1/chat/completions") -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=120)
@@ -138,23 +146,29 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def service(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def service(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Service]:
     """One base LM, two LoRA slots and as many assistants with LoRAs, one without, one with another chat template."""
     models_dir = tmp_path_factory.mktemp("llm") / "models"
     for seed, name in enumerate(("red", "blue"), start=1):
         make_assistant(models_dir, name, tiny_llama, lora_seed=seed)
     make_assistant(models_dir, "plain", tiny_llama)
     make_assistant(models_dir, "terse", tiny_llama, template=TEMPLATE.replace(SYSTEM, TERSE))
-    yield from run_service(tiny_llama, models_dir)
+    yield from run_service(tiny_llama, models_dir, **collector.environment())
 
 
-def run_service(base_lm_dir: Path, models_dir: Path) -> Iterator[Service]:
+def run_service(base_lm_dir: Path, models_dir: Path, **environment: str) -> Iterator[Service]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would fill up
-        process = start(base_lm_dir, models_dir, port, stderr=log)
-        service = Service(f"http://127.0.0.1:{port}", base_lm_dir, models_dir, process)
+        process = start(base_lm_dir, models_dir, port, stderr=log, **environment)
+        service = Service(f"http://127.0.0.1:{port}", base_lm_dir, models_dir, process, log)
         try:
             _wait_until_healthy(service, log)
             yield service

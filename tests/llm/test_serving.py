@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from tests.collector import Collector
 from tests.llm.conftest import CONTEXT, LM_DIM, Service, image, image_part, token_ids
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(400)]
@@ -247,3 +248,23 @@ def test_other_paths_are_closed(service: Service, path: str) -> None:
     response = service.post({"model": "red", "token_ids": [1, 2, 3]}, path)
     assert response.status_code == 404
     assert response.json()["error"]["type"] == "NotFoundError"
+
+
+def test_its_span_and_log_line_belong_to_the_request_and_tell_no_text(service: Service, collector: Collector) -> None:
+    trace, caller = "d" * 32, "c" * 16
+    headers = {"traceparent": f"00-{trace}-{caller}-01", "x-request-id": "req_1-abcd"}
+    content = ["The password is marmalade", image_part(image(3, 1))]
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    body = {"model": "red", "messages": [{"role": "user", "content": parts}], "max_tokens": 4}
+    answer = httpx.post(f"{service.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 200 and answer.headers["x-request-id"] == "req_1-abcd"
+    collector.wait_for(lambda: collector.of_trace(trace), 20)
+    (span,) = collector.of_trace(trace)
+    assert (span.service, span.name, span.parent) == ("basalt-llm", "llm_request", caller)
+    assert span.attributes["gen_ai.usage.completion_tokens"] == 4
+    assert 0 < span.attributes["gen_ai.latency.time_in_model_prefill"] < span.attributes["gen_ai.latency.e2e"]
+    assert "req_1-abcd" in span.attributes["gen_ai.request.id"]
+    (line,) = service.lines("req_1-abcd")
+    assert (line["logger"], line["status"], line["trace_id"]) == ("basalt.llm", 200, trace)
+    service.log.seek(0)
+    assert not any(b"marmalade" in message for message in [*collector.raw, service.log.read()])
