@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: off, and nothing of them loaded, until OTEL_EXPORTER_OTLP_ENDPOINT names a collector.
+"""OpenTelemetry traces: off, and nothing loaded for them, until OTEL_EXPORTER_OTLP_ENDPOINT names a collector.
 
 A span tells its name, its times, and names and numbers of ours. No prompt, no answer, no image, no URL, no key and no
 error's message is told: of an error its type alone. All else is OpenTelemetry's own environment: OTEL_TRACES_SAMPLER,

@@ -13,9 +13,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 
+from basalt.rpc.vision.v1 import vision_pb2, vision_pb2_grpc
 from tests.collector import Collector, Seen, collecting
 from tests.gateway.conftest import Served, free_port, wait_for
 from tests.gateway.llm_shaped import LLMShaped
@@ -29,6 +31,7 @@ SECRET = "The password of the lighthouse is marmalade"
 @dataclass
 class Running:
     url: str
+    vision: str  # its address
     llm: LLMShaped
     collector: Collector
     directory: Path
@@ -83,7 +86,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         url = f"http://127.0.0.1:{gateway}"
         try:
             wait_for(lambda: is_ready(url), 120)
-            yield Running(url, llm, collector, root)
+            yield Running(url, f"127.0.0.1:{vision}", llm, collector, root)
         finally:
             for process in processes:
                 process.terminate()
@@ -168,6 +171,18 @@ def test_what_fails_is_told_by_its_kind_alone(running: Running) -> None:
     assert root.attributes["error.type"] == "502"
     fetch = one(running.tree("4" * 32, 2), "fetch")
     assert fetch.failed and fetch.attributes == {"error.type": "FetchError"}
+
+
+def test_what_the_vision_service_refuses_is_told_by_its_status(running: Running) -> None:
+    trace = "6" * 32
+    metadata = (("traceparent", f"00-{trace}-{CALLER}-01"), ("x-request-id", "of-66666666"))
+    with grpc.insecure_channel(running.vision) as channel, pytest.raises(grpc.RpcError):
+        request = vision_pb2.EmbedRequest(assistant="one", image_bytes=b"hidden")
+        vision_pb2_grpc.VisionStub(channel).Embed(request, metadata=metadata)
+    embed = one(running.tree(trace, 4), "Embed")
+    assert embed.failed and embed.attributes == {"assistant": "one", "error.type": "INVALID_ARGUMENT"}
+    (line,) = running.lines("vision", "of-66666666")
+    assert (line["status"], line["trace_id"]) == ("INVALID_ARGUMENT", trace)
 
 
 def test_nothing_of_prompts_images_answers_and_urls_leaves(running: Running, web: str) -> None:

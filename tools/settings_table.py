@@ -20,7 +20,8 @@ PAGE = ROOT / "docs/settings.md"
 HEAD = """# Settings
 
 Made by `make settings` from the services' own settings; do not edit. All of them are environment variables; a service
-that cannot use one says so at its start, in one line, and ends with exit code 2.
+that cannot use one says so at its start, in one line, and ends with exit code 2. Traces are set by OpenTelemetry's own
+variables: [operations.md](operations.md#traces).
 """
 
 

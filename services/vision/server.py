@@ -65,18 +65,21 @@ class VisionServicer(vision_pb2_grpc.VisionServicer):
         remaining = context.time_remaining()
         deadline = asyncio.get_running_loop().time() + (self._max_seconds if remaining is None else remaining)
         began = time.perf_counter()
-        try:
-            with tracing.span("Embed", "server", sent, assistant=request.assistant[:NAME_LENGTH]) as span:
+        with tracing.span("Embed", "server", sent, assistant=request.assistant[:NAME_LENGTH]) as span:
+            try:
                 # Past its deadline a request is cancelled, and what is cancelled is taken out of the queue.
                 async with asyncio.timeout_at(deadline):
                     embedding = await self._embed(request, deadline)
                 span.told(cached=embedding.cached.value)
                 _tell(request, began, status="OK", image=embedding.image_id, cached=embedding.cached.value)
-        except tuple(STATUS) as error:
-            status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
-            metrics.ERRORS.labels(status.name).inc()
-            _tell(request, began, status=status.name)
-            await context.abort(status, str(error) or "the deadline passed before the image was embedded")
+            except tuple(STATUS) as error:
+                status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
+                metrics.ERRORS.labels(status.name).inc()
+                span.failed(status.name)
+                _tell(request, began, status=status.name)
+                embedding = status, str(error) or "the deadline passed before the image was embedded"
+        if isinstance(embedding, tuple):
+            await context.abort(*embedding)
         return vision_pb2.EmbedResponse(
             data=b"" if request.by_reference and embedding.handed_off else bytes(embedding.blob.data),
             shape=embedding.blob.shape,
