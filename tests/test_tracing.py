@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -85,7 +86,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
                 processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log))
         url = f"http://127.0.0.1:{gateway}"
         try:
-            wait_for(lambda: is_ready(url), 120)
+            wait_for(lambda: answers(f"{url}/readyz"), 120)
             yield Running(url, f"127.0.0.1:{vision}", llm, collector, root)
         finally:
             for process in processes:
@@ -105,9 +106,9 @@ def web(tmp_path: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def is_ready(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/readyz", trust_env=False).is_success
+        return httpx.get(url, trust_env=False).is_success
     except httpx.HTTPError:
         return False
 
@@ -271,3 +272,37 @@ def test_another_protocol_is_refused_in_one_line() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("basalt gateway: OTEL_EXPORTER_OTLP_PROTOCOL must be http/protobuf")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_collector_that_is_away_holds_up_nothing(tmp_path: Path) -> None:
+    port, nobody = free_port(), free_port()
+    environment = os.environ | {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{nobody}",
+        "OTEL_BSP_SCHEDULE_DELAY": "100",
+        "BASALT_GATEWAY_PORT": str(port),
+        "BASALT_VISION_ADDRESS": f"127.0.0.1:{nobody}",
+        "BASALT_LLM_URL": f"http://127.0.0.1:{nobody}",
+        "BASALT_STORE": str(tmp_path / "objects"),
+        "BASALT_DATABASE": f"sqlite:///{tmp_path}/basalt.db",
+        "PYTHONPATH": str(ROOT),
+    }
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", "services.gateway"], cwd=ROOT, env=environment, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(lambda: answers(f"{url}/healthz"), 60)
+        body = {"model": "one", "messages": [{"role": "user", "content": "Hello!"}]}
+        took = []
+        for _ in range(20):
+            began = time.perf_counter()
+            assert httpx.post(f"{url}/v1/chat/completions", json=body, trust_env=False).status_code == 503
+            took.append(time.perf_counter() - began)
+        assert sorted(took)[10] < 0.5
+        began = time.perf_counter()
+        process.terminate()
+        process.wait(60)
+        assert time.perf_counter() - began < 10
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "log").read_text().count("\n") < 60
