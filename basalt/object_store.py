@@ -218,10 +218,13 @@ class MinioStore:
         ours = Rule(ENABLED, Filter(prefix=f"{folder}/"), name, expiration=Expiration(days=days)) if days else None
         try:
             found = self.client.get_bucket_lifecycle(self.bucket)
-            others = [rule for rule in found.rules if rule.rule_id != name] if found else []
-            if rules := [*others, *([ours] if ours else [])]:
-                self.client.set_bucket_lifecycle(self.bucket, LifecycleConfig(rules))
-            elif found:
+            rules = found.rules if found else []
+            others = [rule for rule in rules if rule.rule_id != name]
+            if ours:
+                self.client.set_bucket_lifecycle(self.bucket, LifecycleConfig([*others, ours]))
+            elif others and len(others) < len(rules):
+                self.client.set_bucket_lifecycle(self.bucket, LifecycleConfig(others))
+            elif len(others) < len(rules):
                 self.client.delete_bucket_lifecycle(self.bucket)
         except (MinioException, urllib3.exceptions.HTTPError, OSError) as error:
             raise self._unavailable(error) from error

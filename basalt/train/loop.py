@@ -234,7 +234,16 @@ def nf4() -> BitsAndBytesConfig:
 
 
 def load_base_lm(recipe: Recipe, device: torch.device) -> Any:
-    """The frozen base LM, in the recipe's precision or quantised."""
+    """The frozen base LM, in the recipe's precision or quantised.
+
+    Raises:
+        RecipeError: it is a directory's name, and no directory.
+    """
+    if not recipe.base_lm.is_dir() and (recipe.base_lm.is_absolute() or len(recipe.base_lm.parts) > 2):  # no hub's id
+        raise RecipeError(
+            f"base_lm: there is no directory {recipe.base_lm}: put a Hugging Face model there "
+            "(for basalt-tiny, `basalt models prepare` does so)"
+        )
     # On a CPU the plain product over whole rows is the faster one for short rows: compiled, it has no kernel's start
     # and no fused kernel's backward to pay.
     plain = device.type == "cpu" and recipe.row_length <= PLAIN_UP_TO

@@ -186,8 +186,8 @@ def test_all_come_back_with_the_engine(basalt: Containers, trainer: openai.OpenA
 
 def test_a_stopped_gateway_finishes_what_it_began(basalt: Containers) -> None:
     """SIGTERM drains: an answer that streams while the service is told to stop comes to its end."""
-    request = {"model": MODEL, "messages": [{"role": "user", "content": "Tell me a long story."}], "max_tokens": 40}
-    stream = basalt.ask().chat.completions.create(**request, stream=True, temperature=0)  # type: ignore[call-overload]
+    request = {"model": MODEL, "messages": [{"role": "user", "content": "Tell me a long story."}], "max_tokens": 100}
+    stream = basalt.ask().chat.completions.create(**request, stream=True, extra_body={"ignore_eos": True})  # type: ignore[call-overload]
     pieces = iter(stream)
     next(pieces)
     stopping = threading.Thread(target=basalt.compose, args=("stop", "gateway"))
@@ -241,6 +241,59 @@ def test_a_rolling_restart_fails_no_request(basalt: Containers) -> None:
         time.sleep(10)
     basalt.compose("rm", "--stop", "--force", "balancer", files=replicas)
     basalt.compose("up", "-d", "--wait")
+
+
+def test_prometheus_sees_every_service(basalt: Containers) -> None:
+    basalt.compose("--profile", "observability", "up", "-d", "prometheus")
+    script = "import urllib.request as r; print(r.urlopen('http://prometheus:9090/api/v1/targets').read().decode())"
+
+    def down() -> list[str]:
+        told = basalt.compose("exec", "-T", "gateway", "python", "-c", script, check=False)
+        targets = json.loads(told)["data"]["activeTargets"] if told else [{"labels": "none", "health": "unknown"}]
+        return [target["labels"] for target in targets if target["health"] != "up"]
+
+    wait(lambda: not down(), 120, "Prometheus reads all services")
+    basalt.compose("rm", "--stop", "--force", "prometheus")
+
+
+def test_an_upgrade_loses_no_job(basalt: Containers, trainer: openai.OpenAI) -> None:
+    """Another tag, as docs/operations.md says it; of the same images, but every container is a new one."""
+    job = submit(trainer, steps=40)
+    wait(lambda: trainer.fine_tuning.jobs.checkpoints.list(job).data, 900, "a checkpoint")
+    before = basalt.inspect("worker", "{{.Id}}")
+    for service in ("gateway", "vision", "llm", "ui", "trainer", "worker", "evaluator"):
+        image = basalt.inspect(service, "{{.Config.Image}}")
+        subprocess.run(["docker", "tag", image, f"{image.rpartition(':')[0]}:upgraded"], check=True)
+    basalt.variables["BASALT_TAG"] = "upgraded"
+    basalt.compose("up", "-d", "--wait", "--no-build")
+    assert basalt.inspect("worker", "{{.Id}}") != before
+    wait(lambda: trainer.fine_tuning.jobs.retrieve(job).status in ("succeeded", "failed"), 1800, "the job's end")
+    told = [event.message for event in trainer.fine_tuning.jobs.list_events(job, limit=100).data]
+    assert trainer.fine_tuning.jobs.retrieve(job).status == "succeeded", told
+    assert sum("stage1: step 5 " in message for message in told) == 1, told  # it went on where it was
+
+
+def test_a_backup_is_restored(basalt: Containers, trainer: openai.OpenAI, tmp_path: Path) -> None:
+    """The commands of docs/operations.md, with every volume gone in between."""
+    jobs = {job.id: job.fine_tuned_model for job in trainer.fine_tuning.jobs.list(limit=100).data}
+    model = next(name for name in jobs.values() if name)
+    tar = ["docker", "run", "--rm", "-u", "0", "-v", f"{basalt.name}_objects:/objects", "-v", f"{tmp_path}:/backup"]
+    tar += [basalt.inspect("gateway", "{{.Config.Image}}"), "tar", "-C", "/objects", "--xattrs", "--xattrs-include=*"]
+    dump = "pg_dump -U basalt -Fc basalt > /tmp/basalt.dump"
+    basalt.compose("exec", "-T", "postgres", "sh", "-c", dump)
+    basalt.compose("cp", "postgres:/tmp/basalt.dump", str(tmp_path / "basalt.dump"))
+    basalt.compose("stop", "minio")
+    subprocess.run([*tar, "-cf", "/backup/objects.tar", "."], check=True)
+    basalt.compose("down", "--volumes")
+    basalt.compose("up", "-d", "--wait", "postgres")
+    basalt.compose("create", "minio")
+    subprocess.run([*tar, "-xf", "/backup/objects.tar"], check=True)
+    basalt.compose("cp", str(tmp_path / "basalt.dump"), "postgres:/tmp/basalt.dump")
+    restore = "pg_restore -U basalt -d basalt --clean --if-exists < /tmp/basalt.dump"
+    basalt.compose("exec", "-T", "postgres", "sh", "-c", restore)
+    basalt.compose("up", "-d", "--wait", "--no-build")
+    assert {job.id: job.fine_tuned_model for job in trainer.fine_tuning.jobs.list(limit=100).data} == jobs
+    assert answer(basalt, model=model)  # its parts come from the object store: every volume was empty
 
 
 def test_a_full_volume_is_told_at_the_start(basalt: Containers) -> None:

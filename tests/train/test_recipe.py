@@ -2,8 +2,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from basalt.train.loop import load_base_lm
 from basalt.train.recipe import DataSource, Recipe, RecipeError, load_recipe
 from basalt.train.stage1_align import train_stage1
 from basalt.train.stage2_instruct import train_stage2
@@ -80,6 +82,12 @@ def test_errors_name_the_field(tmp_path: Path, change: dict[str, Any], says: str
 def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
     with pytest.raises(RecipeError, match=f"{field}: Field required"):
         load(tmp_path, {name: value for name, value in GOOD.items() if name != field})
+
+
+def test_a_base_lm_that_is_not_there(tmp_path: Path) -> None:
+    for missing in (str(tmp_path / "base"), "var/base/none"):
+        with pytest.raises(RecipeError, match=f"base_lm: there is no directory {missing}"):
+            load_base_lm(load(tmp_path, GOOD | {"base_lm": missing}), torch.device("cpu"))
 
 
 def test_what_is_not_a_recipe(tmp_path: Path) -> None:
