@@ -162,6 +162,18 @@ def test_log_lines_of_all_services_tell_the_same_request(running: Running) -> No
         assert "marmalade" not in json.dumps(line)
 
 
+@pytest.mark.parametrize("traceparent", ["", "00-xyz", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "é" * 500])
+def test_a_callers_trace_that_is_none_is_no_reason_to_refuse(running: Running, traceparent: str) -> None:
+    headers = {"traceparent": traceparent.encode(), "x-request-id": b"of-strange"}
+    body = {"model": "one", "messages": [{"role": "user", "content": "hello"}]}
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json=body, headers=headers, trust_env=False)
+    assert answer.status_code == 200
+    wait_for(lambda: running.lines("gateway", "of-strange"), 10)
+    new = running.lines("gateway", "of-strange")[-1]["trace_id"]
+    root = one(running.tree(new, 4), "POST /v1/chat/completions")
+    assert root.parent == "" and int(new, 16)
+
+
 def test_what_fails_is_told_by_its_kind_alone(running: Running) -> None:
     trace = "2" * 32
     assert running.ask(SECRET + " crash", trace).status_code == 200
