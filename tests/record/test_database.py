@@ -11,9 +11,11 @@ from sqlalchemy import create_engine, text
 import basalt.record.aliases
 import basalt.record.answers
 import basalt.record.api_keys
+import basalt.record.canaries
 import basalt.record.evals
 import basalt.record.files
-import basalt.record.jobs  # noqa: F401 (their tables)
+import basalt.record.jobs
+import basalt.record.responses  # noqa: F401 (their tables)
 from basalt.record.database import Base, migrate, open_database
 
 
