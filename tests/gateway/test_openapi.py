@@ -6,6 +6,9 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
+from schemathesis.specs.openapi.schemas import (
+    OpenApiSchema,
+)  # now: parsed beside other threads, it may fail in CPython 3.11
 
 from services.gateway.openapi import OPERATIONS
 from tests.gateway.conftest import Stack
@@ -15,7 +18,9 @@ EXAMPLES = 60  # of each operation
 
 @pytest.fixture(scope="module")
 def api(stack: Stack) -> schemathesis.BaseSchema:
-    return schemathesis.openapi.from_url(f"{stack.url}/openapi.json")
+    page = schemathesis.openapi.from_url(f"{stack.url}/openapi.json")
+    assert isinstance(page, OpenApiSchema)
+    return page
 
 
 @pytest.mark.parametrize(
