@@ -16,7 +16,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -37,24 +39,24 @@ class Memory(threading.Thread):
     def __init__(self, root: psutil.Process) -> None:
         super().__init__(daemon=True)
         self.root = root
+        self.over = threading.Event()
         self.peak = 0  # bytes
         self.by_name: dict[str, int] = {}  # at the peak
 
     def run(self) -> None:
-        while self.root.is_running():
+        while not self.over.wait(0.5):
             try:
-                found = {name: sum(map(pss, family)) for name, family in self.families().items()}
+                found = {name: sum(map(pss, family)) for name, family in families(self.root).items()}
             except psutil.NoSuchProcess:
                 continue
             if sum(found.values()) > self.peak:
                 self.peak, self.by_name = sum(found.values()), found
-            time.sleep(0.5)
 
-    def families(self) -> dict[str, list[psutil.Process]]:
-        """The launcher and each service with its own children."""
-        children = self.root.children()
-        families = {service_name(child): [child, *child.children(recursive=True)] for child in children}
-        return {"launcher": [self.root], **families}
+
+def families(launcher: psutil.Process) -> dict[str, list[psutil.Process]]:
+    """The launcher and each service with its own children."""
+    found = {service_name(child): [child, *child.children(recursive=True)] for child in launcher.children()}
+    return {"launcher": [launcher], **found}
 
 
 def service_name(process: psutil.Process) -> str:
@@ -69,11 +71,13 @@ def pss(process: psutil.Process) -> int:
     return process.memory_full_info().pss
 
 
-def main(quick: Annotated[bool, typer.Option("--quick", help="two questions instead of forty")] = False) -> None:
-    load = os.getloadavg()[0]
+@contextmanager
+def launched(**settings: str) -> Iterator[tuple[psutil.Process, str, float]]:
+    """What `make up` starts, on free ports and in a directory of its own: its launcher, the gateway's URL, and the
+    seconds until all was healthy. Stopped at the end."""
     ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     with tempfile.TemporaryDirectory() as directory:
-        variables = {PORTS[name][0]: str(number) for name, number in ports.items()}
+        variables = {PORTS[name][0]: str(number) for name, number in ports.items()} | settings
         environment = os.environ | variables | {"BASALT_VAR": directory, "BASALT_STORE": f"{directory}/objects"}
         log = Path(directory) / "up.log"
         began = time.monotonic()
@@ -81,21 +85,29 @@ def main(quick: Annotated[bool, typer.Option("--quick", help="two questions inst
             launcher = subprocess.Popen(
                 [sys.executable, "-m", "basalt.up"], cwd=ROOT, env=environment, stdout=output, stderr=output
             )
-        memory = Memory(psutil.Process(launcher.pid))
-        memory.start()
         try:
             while "Basalt is up" not in log.read_text():
                 if launcher.poll() is not None:
                     sys.exit(log.read_text())
                 time.sleep(0.2)
             healthy = time.monotonic() - began
-            asked = time.monotonic()
-            questions = 2 if quick else 40
-            ask_many(f"http://127.0.0.1:{ports['gateway']}/v1", questions)
-            asking = time.monotonic() - asked
+            yield psutil.Process(launcher.pid), f"http://127.0.0.1:{ports['gateway']}", healthy
         finally:
             launcher.send_signal(signal.SIGINT)
             launcher.wait(60)
+
+
+def main(quick: Annotated[bool, typer.Option("--quick", help="two questions instead of forty")] = False) -> None:
+    load = os.getloadavg()[0]
+    with launched() as (launcher, gateway, healthy):
+        memory = Memory(launcher)
+        memory.start()
+        asked = time.monotonic()
+        questions = 2 if quick else 40
+        ask_many(f"{gateway}/v1", questions)
+        asking = time.monotonic() - asked
+        memory.over.set()
+        memory.join()
     for name, size in memory.by_name.items():
         print(f"{name:<10} {size / GIB:5.2f} GiB")
     result = {
