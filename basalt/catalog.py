@@ -90,12 +90,17 @@ class Catalog:
         place = self._versions / _hex(assistant)
         with suppress(AssistantError):
             return load_assistant(place)
-        shutil.rmtree(place, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=_made(self._versions), prefix=".adopted-") as scratch:
             new = Path(scratch) / "new"
             shutil.copytree(assistant.directory, new, copy_function=_link)
-            with suppress(OSError):  # another service was as quick
+            try:
                 new.rename(place)
+            except OSError:  # another service was as quick, or what is there is damaged
+                with suppress(AssistantError):
+                    return load_assistant(place)
+                with suppress(OSError):
+                    place.rename(Path(scratch) / "damaged")
+                    new.rename(place)
         return load_assistant(place)
 
     def _unknown(self, wanted: str) -> UnknownAssistant:
