@@ -4,6 +4,7 @@ vLLM knows one chat template and a fixed list of LoRAs, or resolvers that know n
 API server that decide this are given a successor each; the rest of vLLM stays as it is.
 """
 
+import asyncio
 from contextvars import ContextVar
 from functools import partial
 from http import HTTPStatus
@@ -23,7 +24,7 @@ from basalt.assistants import Assistant, AssistantError
 from basalt.catalog import Catalog, UnknownAssistant
 from basalt.object_store import StoreUnavailable
 from services.llm import tools
-from services.llm.fit import BaseLM, Misfit, check_fit
+from services.llm.fit import BaseLM, Misfit, check_finite, check_fit
 
 FOUND = Counter("basalt_llm_assistants_found", "Assistants looked for when first asked for, by outcome.", ["outcome"])
 CHATS = Counter("basalt_llm_chats", "Chat prompts rendered.", ["assistant"])
@@ -114,8 +115,10 @@ class AssistantModels(OpenAIServingModels):
         lora = assistant.manifest.lora
         if lora is None:  # any LoRARequest means yes; then vLLM asks `is_base_model` again
             return LoRARequest(name, 1, str(assistant.directory))
+        directory = assistant.path(lora.dir).resolve()
+        await asyncio.to_thread(check_finite, directory, name)
         number = self.lora_id_counter.inc(1)
-        request = LoRARequest(name, number, str(assistant.path(lora.dir).resolve()))
+        request = LoRARequest(name, number, str(directory))
         try:
             await self.engine_client.add_lora(request)
         except Exception as error:  # the engine's own words come through as text, of whatever type

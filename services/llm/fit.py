@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from safetensors import safe_open
+
 from basalt.assistants import Assistant
 
 ARCHITECTURES = {"LlamaForCausalLM": "BasaltLlamaForCausalLM", "Qwen2ForCausalLM": "BasaltQwen2ForCausalLM"}
@@ -41,6 +43,14 @@ class BaseLM:
                 f"the base LM in {directory} is a {architecture}; this service takes {' or '.join(ARCHITECTURES)}"
             )
         return cls(directory, architecture, config["hidden_size"], config["max_position_embeddings"])
+
+
+def check_finite(lora: Path, name: str) -> None:
+    """Raises Misfit: a weight of the LoRA directory is not finite. In a batch it would spoil others' answers too."""
+    with safe_open(lora / "adapter_model.safetensors", framework="pt") as weights:
+        for key in weights.keys():  # noqa: SIM118  (it is no dict)
+            if not weights.get_tensor(key).isfinite().all():
+                raise Misfit(f"{name}: its LoRA's {key} has values that are not finite: it was trained badly")
 
 
 def check_fit(assistant: Assistant, base_lm: BaseLM, max_lora_rank: int = LORA_RANKS[-1]) -> None:

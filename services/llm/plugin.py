@@ -1,5 +1,7 @@
 """The entry point `vllm.general_plugins`: makes Basalt's parts known in every process of vLLM."""
 
+from typing import Any
+
 RENDERER = "basalt"  # the value of --tokenizer-mode
 
 
@@ -18,5 +20,9 @@ def register() -> None:
     TokenizerRegistry.tokenizers[RENDERER] = ("vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.renderers[RENDERER] = ("services.llm.renderer", "EmbeddingsRenderer")
     if current_platform.is_cpu():
-        grouped = classmethod(lambda platform: "services.llm.lora_cpu.GroupedLoRA")
-        type(current_platform).get_punica_wrapper = grouped  # pyright: ignore[reportAttributeAccessIssue]
+        from services.llm import kernels_cpu  # noqa: F401  (its classes take the place of vLLM's)
+
+        platform: Any = type(current_platform)
+        platform.get_punica_wrapper = classmethod(lambda _: "services.llm.lora_cpu.MaskedLoRA")
+        # An operator that hides attention from torch.compile, which never runs there, costs more than the attention.
+        platform.opaque_attention_op = classmethod(lambda _: False)

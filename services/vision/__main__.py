@@ -1,10 +1,9 @@
 """Runs the vision service: `python -m services.vision`."""
 
-import os
+from basalt.threads import spin_briefly
 
-# Read when torch is loaded: threads that spin while they wait take the cores of the other services'.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+spin_briefly()
 
-from services.vision.server import main
+from services.vision.server import main  # noqa: E402  (loads torch, which reads it)
 
 main()

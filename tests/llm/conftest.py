@@ -211,8 +211,9 @@ def make_assistant(
     lora_seed: int | None = None,
     template: str = TEMPLATE,
     rank: int = 8,
+    strength: float = 0.2,
 ) -> None:
-    """An assistant with a random LoRA strong enough to change what the LM says."""
+    """An assistant with a random LoRA, as it is strong enough to change what the LM says."""
     directory = models_dir / name
     directory.mkdir(parents=True)
     lm_dim = json.loads((base_lm_dir / "config.json").read_text())["hidden_size"]
@@ -225,7 +226,7 @@ def make_assistant(
         random = torch.Generator().manual_seed(lora_seed)
         for weight_name, weight in adapted.named_parameters():
             if "lora_" in weight_name:
-                weight.data = torch.randn(weight.shape, generator=random) * 0.2
+                weight.data = torch.randn(weight.shape, generator=random) * strength
         adapted.save_pretrained(directory / "lora")
         lora = {"dir": "lora", "digest": _digest(directory / "lora" / "adapter_model.safetensors"), "rank": rank}
     manifest = {

@@ -74,6 +74,13 @@ def test_a_lora_of_too_high_a_rank_is_refused(service: Service) -> None:
     assert "BASALT_LLM_MAX_LORA_RANK" in response.text
 
 
+def test_a_lora_that_would_spoil_others_answers_is_refused(service: Service) -> None:
+    version = published(service, "spoilt", lora_seed=8, strength=float("inf"))
+    response = service.post({"model": version, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1})
+    assert response.status_code == 400
+    assert "not finite" in response.text
+
+
 def test_a_damaged_version_is_refused(service: Service) -> None:
     version = published(service, "damaged", lora_seed=6)
     lora = load_assistant(service.models_dir.parent / "elsewhere/damaged").manifest.lora
