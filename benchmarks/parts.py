@@ -171,7 +171,7 @@ def main(
             requests.flush()
             return float(answers.readline())
 
-        seen: dict[str, Any] = {"vision": asyncio.run(vision(server, bare, 2 if quick else 6, 16))}
+        seen: dict[str, Any] = {"vision": asyncio.run(vision(server, bare, 2 if quick else 4, 48))}
         print(seen, flush=True)
     with ExitStack() as stack:
         var = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -40,7 +40,7 @@ class VisionEncoder(nn.Module):
         self.spec = spec
         self.backbone = backbone.requires_grad_(False).eval()
         self._features = features
-        self._mean, self._std = (np.asarray(values, dtype=np.float32) for values in pixels)
+        self._mean, self._std = (np.asarray(values, dtype=np.float32).reshape(3, 1, 1) for values in pixels)
 
     def train(self, mode: bool = True) -> "VisionEncoder":
         """Stays frozen: only the flag of the wrapper changes, batch statistics never do."""
@@ -51,8 +51,11 @@ class VisionEncoder(nn.Module):
     def preprocess(self, image: Image.Image) -> Tensor:
         """RGB image → normalised pixels `[3, image_size, image_size]`, float32."""
         square = to_square(image.convert("RGB"), self.spec.image_size, self.spec.fit)
-        pixels = (np.asarray(square, dtype=np.float32) / 255.0 - self._mean) / self._std
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        pixels = np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1), dtype=np.float32)
+        pixels /= 255.0  # in place, and by whole channels: a third of the time
+        pixels -= self._mean
+        pixels /= self._std
+        return torch.from_numpy(pixels)
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:

@@ -45,5 +45,5 @@ class Settings(StoreSettings):
 
     @property
     def batch_tokens(self) -> int:
-        """On a CPU larger batches are no faster, and whoever waits for one waits for all of it."""
-        return self.max_batch_tokens or (1024 if self.device == "cpu" else 16384)
+        """On a CPU still larger batches are no faster, and whoever waits for one waits for all of it."""
+        return self.max_batch_tokens or (2304 if self.device == "cpu" else 16384)
