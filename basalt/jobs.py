@@ -24,19 +24,19 @@ def create(
     stage: Annotated[str, typer.Option(help="two_stage, stage1 or stage2")] = "two_stage",
     start: Annotated[str | None, typer.Option(help="for stage2: the stage 1 job to go on from")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="FIELD=VALUE of the recipe; may be given again")
+        list[str] | None,
+        typer.Option("--set", help="FIELD=VALUE of the recipe, or stage1.FIELD=VALUE of one stage; may be given again"),
     ] = None,
     watch: Annotated[bool, typer.Option(help="show its events until it ends")] = False,
 ) -> None:
     """Uploads the data and submits a job."""
-    wishes = {"hyperparameters": dict(_field(text) for text in set_ or [])}
+    method = {"type": stage} | _wishes(("stage1", "stage2") if stage == "two_stage" else (stage,), set_ or [])
     with _client() as client:
         files = {
             argument: client.files.create(file=path, purpose="fine-tune").id
             for argument, path in (("training_file", data), ("images_file", images), ("validation_file", held_out))
             if path is not None
         }
-        method = {"type": stage} | {each: wishes for each in ("stage1", "stage2") if stage in ("two_stage", each)}
         extra: dict[str, Any] = {key: value for key, value in (("suffix", name), ("start", start)) if value is not None}
         body = {"model": model, "method": method, **files, **extra}
         job = client.post("/fine_tuning/jobs", body=body, cast_to=dict)
@@ -117,12 +117,26 @@ def _watch(client: Any, job: str) -> None:
                 typer.echo(event["message"])
 
 
-def _field(text: str) -> tuple[str, Any]:
-    """`steps=100` → its value as JSON reads it, or as it stands."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"{text!r} is not FIELD=VALUE")
+def _wishes(stages: tuple[str, ...], fields: list[str]) -> dict[str, Any]:
+    """`steps=100` changes every stage's hyper-parameters, `stage1.steps=100` those of one. A value is read as JSON."""
+    wishes: dict[str, dict[str, Any]] = {stage: {} for stage in stages}
+    for text in fields:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{text!r} is not FIELD=VALUE", param_hint="--set")
+        one, dot, field = name.partition(".")
+        if dot and one not in stages:
+            raise typer.BadParameter(
+                f"{name!r}: this job has {' and '.join(stages)}; give FIELD=VALUE, or {stages[0]}.FIELD=VALUE",
+                param_hint="--set",
+            )
+        for stage in [one] if dot else stages:
+            wishes[stage][field if dot else name] = _value(value)
+    return {stage: {"hyperparameters": asked} for stage, asked in wishes.items()}
+
+
+def _value(text: str) -> Any:
     try:
-        return name, json.loads(value)
+        return json.loads(text)
     except json.JSONDecodeError:
-        return name, value
+        return text

@@ -231,6 +231,12 @@ def test_the_command_line_submits_and_watches(
     assert told[0] == "Created"
     assert told[-1].startswith(f"Published {job_id}@")
     assert f"{job_id}\tsucceeded\ttiny" in CliRunner().invoke(app, ["jobs", "list"]).output
+    both = CliRunner().invoke(app, ["jobs", "create", *arguments, "--set", "steps=9", "--set", "stage1.steps=3"])
+    method = trainer.client().fine_tuning.jobs.retrieve(both.output.strip()).model_dump()["method"]
+    assert [method[stage]["hyperparameters"]["steps"] for stage in ("stage1", "stage2")] == [3, 9]
+    assert CliRunner().invoke(app, ["jobs", "cancel", both.output.strip()]).exit_code == 0
+    elsewhere = CliRunner().invoke(app, ["jobs", "create", *arguments, "--stage", "stage1", "--set", "stage2.steps=3"])
+    assert elsewhere.exit_code == 2 and "stage1.FIELD=VALUE" in elsewhere.output
     refused = CliRunner().invoke(app, ["jobs", "resume", job_id])
     assert refused.exit_code == 1
     assert "has succeeded: it can no longer be changed" in refused.output
