@@ -47,6 +47,7 @@ IMAGE_TOKEN = 16  # of SmolLM2's vocabulary, never used in its training
 EMBEDDING_STD = 0.136  # of SmolLM2's own embeddings: what a trained projector's output looks like to the LM
 CONTEXT = 4096
 START_SECONDS = 300
+THAW_SECONDS = 0.5
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -248,7 +249,23 @@ class Server:
         self.processes[name].wait()
         self.processes[name] = self.starts[name]()
 
+    def freeze(self) -> None:
+        """Stops it where it is. vLLM's idle processes look for work without pause: of two servers the idle one would
+        take a core from the other."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Lets it go on, and find that connections have been idle for too long."""
+        self._signal(signal.SIGCONT)
+        time.sleep(THAW_SECONDS)
+
+    def _signal(self, number: int) -> None:
+        for process in self.processes.values():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
     def stop(self) -> None:
+        self._signal(signal.SIGCONT)
         for process in reversed(self.processes.values()):
             process.send_signal(signal.SIGTERM)
         for process in self.processes.values():

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -200,17 +200,20 @@ async def text_while_images(client: Client, images: Images) -> dict[str, float]:
         answers = await asyncio.gather(*asked)
         return statistics.median((each.total - each.first) / (each.completion_tokens - 1) for each in answers)
 
+    written = asyncio.Event()
+
     async def show_images() -> None:
         async with asyncio.TaskGroup() as arrived:
-            while True:
+            while not written.is_set():
                 arrived.create_task(client.ask([about(images.new(), QUESTIONS[0])], tokens=1))
-                await asyncio.sleep(2)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(written.wait(), 2)
 
     alone = await write()
     showing = asyncio.create_task(show_images())
     beside_images = await write()
-    showing.cancel()
-    await asyncio.gather(showing, return_exceptions=True)
+    written.set()
+    await showing
     return {"tpot": alone, "tpot_beside_images": beside_images, "slowdown": beside_images / alone}
 
 
@@ -280,13 +283,16 @@ GOALS = {
 
 
 async def compare(name: str, sides: dict[str, Client], quick: bool) -> dict[str, dict[str, float]]:
-    """Medians over the rounds, by metric, of every side. The first round is not counted."""
+    """Medians over the rounds but the first, by metric, of every side, the others frozen meanwhile."""
     scenario, few, many = (SCENARIOS | OWN)[name]
     images = {side: Images(seed=1 + hash_of(name)) for side in sides}
     found: dict[str, dict[str, list[float]]] = {side: {} for side in sides}
     for number in range(1 + (few if quick else many)):
         for side in sorted(sides, reverse=number % 2 == 1):
+            server = sides[side].server
+            server.thaw()
             result = await scenario(sides[side], images[side])
+            server.freeze()
             for metric, value in result.items() if number else ():
                 found[side].setdefault(metric, []).append(value)
     medians = {
@@ -305,6 +311,8 @@ def hash_of(name: str) -> int:
 
 async def measure(scenarios: list[str], servers: dict[str, Server], quick: bool) -> dict[str, Any]:
     sides = {side: Client(server) for side, server in servers.items()}
+    for server in servers.values():
+        server.freeze()
     found = {}
     for name in scenarios:
         found[name] = await compare(name, sides, quick)

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from basalt.assistants import TowerSpec
 from basalt.data.images import to_square
@@ -24,6 +26,7 @@ SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 EFFICIENTNET_LITE = ((127 / 255,) * 3, (128 / 255,) * 3)  # as its ImageNet weights were trained
 
 FEATURE_LAYER = -2  # of a transformer tower
+ATTENTION = "basalt_tower"
 
 
 class VisionEncoder(nn.Module):
@@ -91,6 +94,7 @@ def transformer_encoder(spec: TowerSpec, model: Any) -> VisionEncoder:
     CLIP's class token is left out, SigLIP has none.
     """
 
+    model.set_attn_implementation(ATTENTION)
     used = model.encoder.layers[: len(model.encoder.layers) + 1 + FEATURE_LAYER]
 
     def features(pixels: Tensor) -> Tensor:
@@ -102,6 +106,32 @@ def transformer_encoder(spec: TowerSpec, model: Any) -> VisionEncoder:
         return hidden[:, 1:] if spec.kind == "clip" else hidden
 
     return VisionEncoder(spec, model, features, SIGLIP if spec.kind == "siglip" else CLIP)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """What transformers calls: `[B, heads, T, D]` each to `[B, T, heads, D]`.
+
+    On a CPU with products of bfloat16 but without AMX, torch's fused attention takes three times as long as its parts.
+    """
+    capable = torch.cpu.get_capabilities()
+    products = capable.get("avx512_bf16") and not capable.get("amx_bf16")
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and products and attention_mask is None:
+        return attend_by_products(query, key, value, options["scaling"]).transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Attention `[B, heads, T, D]`, image by image, so that the scores of one stay in the CPU's cache."""
+    attended = torch.empty(query.shape, dtype=query.dtype)
+    for image in range(len(query)):
+        q, k, v = query[image].contiguous(), key[image].contiguous(), value[image].contiguous()
+        torch.matmul((q * scaling @ k.transpose(-1, -2)).softmax(-1), v, out=attended[image])
+    return attended
+
+
+AttentionInterface.register(ATTENTION, attend)
 
 
 def efficientnet_lite_weights() -> Path:

@@ -24,7 +24,7 @@ from basalt.assistants import Assistant, AssistantError
 from basalt.catalog import Catalog, UnknownAssistant
 from basalt.object_store import StoreUnavailable
 from services.llm import tools
-from services.llm.fit import BaseLM, Misfit, check_finite, check_fit
+from services.llm.fit import BaseLM, Misfit, check_fit, check_weights
 
 FOUND = Counter("basalt_llm_assistants_found", "Assistants looked for when first asked for, by outcome.", ["outcome"])
 CHATS = Counter("basalt_llm_chats", "Chat prompts rendered.", ["assistant"])
@@ -116,7 +116,7 @@ class AssistantModels(OpenAIServingModels):
         if lora is None:  # any LoRARequest means yes; then vLLM asks `is_base_model` again
             return LoRARequest(name, 1, str(assistant.directory))
         directory = assistant.path(lora.dir).resolve()
-        await asyncio.to_thread(check_finite, directory, name)
+        await asyncio.to_thread(check_weights, directory, name)
         number = self.lora_id_counter.inc(1)
         request = LoRARequest(name, number, str(directory))
         try:

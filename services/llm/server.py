@@ -14,12 +14,11 @@ from basalt import logs, tracing
 from basalt.assistants import Assistant, AssistantError
 from basalt.catalog import Catalog
 from basalt.threads import spin_briefly
-from services.llm.fit import ARCHITECTURES, LORA_RANKS, BaseLM, Misfit, check_fit
+from services.llm.fit import ARCHITECTURES, LORA_MODULES, LORA_RANKS, BaseLM, Misfit, check_fit
 from services.llm.settings import Settings
 
 HTTP_CLOSE_SECONDS = 5  # after the drain
 # Never the embedding layer: vLLM would wrap it, and image positions have no token to look up there.
-LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""vLLM's fused kernels say what its own chains of torch operators say."""
+"""Our norm and activation say what vLLM's own chains of torch operators say."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 if not current_platform.is_cpu():
     pytest.skip("the kernels are a CPU's", allow_module_level=True)
 
-from services.llm.kernels_cpu import FusedRMSNorm, FusedSiluAndMul
+from services.llm.kernels_cpu import FusedRMSNorm, InPlaceSiluAndMul
 
 WIDTH = 96
 
@@ -22,7 +22,7 @@ def test_same_as_native(dtype: torch.dtype, tokens: int) -> None:
     current_platform.import_kernels()
     torch.manual_seed(0)
     with set_current_vllm_config(VllmConfig()):
-        norm, act = FusedRMSNorm(WIDTH, eps=1e-5, dtype=dtype), FusedSiluAndMul()
+        norm, act = FusedRMSNorm(WIDTH, eps=1e-5, dtype=dtype), InPlaceSiluAndMul()
     norm.weight.data.normal_()
     x, residual = torch.randn(2, tokens, WIDTH).to(dtype)
     torch.testing.assert_close(norm.forward_cpu(x), norm.forward_native(x))

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from basalt.assistants import TowerSpec
-from basalt.model.vision_encoder import load_vision_encoder
+from basalt.model.vision_encoder import attend_by_products, load_vision_encoder
 
 PLAIN = TowerSpec(kind="efficientnet-lite", id="efficientnet-lite2", image_size=96, tokens=9, width=2528, fit="resize")
 
@@ -33,3 +33,10 @@ def test_a_transformer_has_positions_of_its_own() -> None:
     spec = TowerSpec(kind="siglip", id="x", image_size=32, tokens=4, width=32, fit="resize", coordinates=True)
     with pytest.raises(ValueError, match="coordinates"):
         load_vision_encoder(spec)
+
+
+def test_attention_by_products_is_attention() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 9, 3, 8).transpose(1, 2) for _ in range(3))  # as a layer hands them over
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3)
+    torch.testing.assert_close(attend_by_products(query, key, value, 0.3), expected)
