@@ -84,7 +84,7 @@ class MaskedLoRA(PunicaWrapperCPU):
 
 
 def segments(slots: torch.Tensor) -> Iterator[Segment]:
-    """Rows [rows] by their slots (-1: no LoRA), in order: long runs of one LoRA alone, what is between them together."""
+    """Rows [rows] by their slots (-1: no LoRA), in order: long runs of one LoRA alone, what is between together."""
     start = end = 0  # of the rows between long runs
     for length in torch.unique_consecutive(slots, return_counts=True)[1].tolist():
         if length >= LONG:
