@@ -1,5 +1,6 @@
 """The LLM service: vLLM's OpenAI server, over HTTP."""
 
+import asyncio
 import json
 import logging
 import re
@@ -8,7 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 from uuid import uuid4
 
-import httpx
+import aiohttp
 from fastapi import Response
 from fastapi.responses import StreamingResponse
 
@@ -22,6 +23,7 @@ from services.gateway.telemetry import Record
 log = logging.getLogger("basalt.gateway")
 
 CONNECT_SECONDS = 5.0
+IDLE_SECONDS = 4.0  # uvicorn closes idle connections after 5: never use one that is just being closed
 INLINE_SECONDS = 60.0  # after a reference was not found, embeddings go along with the request
 
 
@@ -36,20 +38,22 @@ class LLMClient:
     def __init__(self, url: str, silence_seconds: float) -> None:
         self._silence_seconds = silence_seconds
         self._inline_until = 0.0
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            timeout=httpx.Timeout(CONNECT_SECONDS, read=silence_seconds, write=30.0),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
-            trust_env=False,
+        # aiohttp: httpx looks at every idle connection for every request, which costs more than the request.
+        self._http = aiohttp.ClientSession(
+            url.rstrip("/") + "/",
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=silence_seconds),
+            headers={"Accept-Encoding": "identity"},
         )
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
     async def ready(self) -> bool:
         try:
-            return (await self._http.get("/health", timeout=CONNECT_SECONDS)).is_success
-        except httpx.HTTPError:
+            async with self._http.get("health", timeout=aiohttp.ClientTimeout(CONNECT_SECONDS)) as health:
+                return health.ok
+        except (aiohttp.ClientError, TimeoutError):
             return False
 
     def sees_handoff(self) -> bool:
@@ -77,37 +81,35 @@ class LLMClient:
         try:
             with telemetry.stage("llm", "client"):
                 headers |= tracing.headers()
-                request = self._http.build_request("POST", "/v1/chat/completions", content=body, headers=headers)
-                upstream = await self._http.send(request, stream=True)
-            if upstream.is_success and upstream.headers.get("content-type", "").startswith("text/event-stream"):
+                async with asyncio.timeout(self._silence_seconds):  # of sending, too, which aiohttp has no limit for
+                    upstream = await self._http.post("v1/chat/completions", data=body, headers=headers)
+            if upstream.ok and upstream.content_type == "text/event-stream":
                 return self._stream(upstream, record, show_usage)
-            try:
-                content = await upstream.aread()
-            finally:
-                await upstream.aclose()
-        except httpx.HTTPError as error:
+            async with upstream:
+                content = await upstream.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise self._told(error) from None
-        if upstream.is_success:
+        if upstream.ok:
             record.first_token()
             record.used(_usage(content))
             return Response(content, media_type="application/json")
         if (_error_of(content) or {}).get("param") == MISSED:
             raise HandoffMissed
-        raise _refusal(upstream.status_code, content)
+        raise _refusal(upstream.status, content)
 
-    def _stream(self, upstream: httpx.Response, record: Record, show_usage: bool) -> StreamingResponse:
+    def _stream(self, upstream: aiohttp.ClientResponse, record: Record, show_usage: bool) -> StreamingResponse:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        record.held.push_async_callback(upstream.aclose)  # also where the client went before the first event
+        record.held.callback(upstream.close)  # also where the client went before the first event
         events = self._events(upstream, record, show_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
-    async def _events(self, upstream: httpx.Response, record: Record, show_usage: bool) -> AsyncIterator[bytes]:
+    async def _events(self, upstream: aiohttp.ClientResponse, record: Record, show_usage: bool) -> AsyncIterator[bytes]:
         """Whole events as they come."""
         sent, usage = 0, None
         rest = b""
         span = tracing.span("first_token")
         try:
-            async for chunk in upstream.aiter_raw():
+            async for chunk in upstream.content.iter_any():
                 whole, end, rest = (rest + chunk).rpartition(b"\n\n")
                 events = whole + end
                 if not sent and events:
@@ -120,17 +122,20 @@ class LLMClient:
                     events = events if show_usage else events.replace(told[0], b"")
                 if events:
                     yield events
-        except httpx.HTTPError as error:  # the status is sent already: what happened is told as an event
+        except (
+            aiohttp.ClientError,
+            TimeoutError,
+        ) as error:  # the status is sent already: what happened is told as an event
             yield b"data: " + json.dumps(self._told(error).body()).encode() + b"\n\ndata: [DONE]\n\n"
         finally:
             # An answer that was broken off has not told its usage: each event was a token, more or less.
             record.used(usage or {"completion_tokens": sent})
             span.end()
-            await upstream.aclose()
+            upstream.close()
 
-    def _told(self, error: httpx.HTTPError) -> APIError:
+    def _told(self, error: aiohttp.ClientError | TimeoutError) -> APIError:
         log.warning("llm: %s: %s", type(error).__name__, error)
-        if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
+        if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ConnectionTimeoutError):
             return timed_out("llm", self._silence_seconds)
         return unavailable("llm")
 

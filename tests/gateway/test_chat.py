@@ -343,6 +343,14 @@ def test_silence_of_the_llm_service_ends_in_a_503(start: Callable[..., Stack]):
     assert '"code": "llm_timeout"' in stalled.text
 
 
+def test_a_frozen_llm_service_that_does_not_even_read_ends_in_a_503(start: Callable[..., Stack]):
+    with socket.create_server(("127.0.0.1", 0)) as frozen:
+        url = f"http://127.0.0.1:{frozen.getsockname()[1]}"
+        response = start(BASALT_LLM_URL=url, llm_seconds=1).ask("more than its socket takes " * 1_000_000)
+    assert response.status_code == 503
+    assert "llm service" in str(error(response)["message"])
+
+
 def test_silence_of_the_vision_service_ends_in_a_503(start: Callable[..., Stack]):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
