@@ -92,10 +92,12 @@ BARE = """
 import json, sys, time, torch
 from pathlib import Path
 from basalt.assistants import load_assistants
+from basalt.model.precision import dtype_of
 from basalt.model.vision_encoder import load_vision_encoder
 models, threads = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(threads)
-tower = load_vision_encoder(load_assistants(models)["plain"].manifest.tower).to(dtype=torch.bfloat16)
+spec, cpu = load_assistants(models)["plain"].manifest.tower, torch.device("cpu")
+tower = load_vision_encoder(spec).to(cpu, dtype_of("auto", cpu))
 print("ready", flush=True)
 for line in sys.stdin:
     batch, passes = map(int, line.split())

@@ -39,6 +39,7 @@ from transformers import (
 
 from basalt.assistants import load_assistants, sha256
 from basalt.model.defaults import prepare
+from basalt.model.precision import dtype_of, name_of
 from basalt.model.projector import Projector, load_projector
 from basalt.supervisor import end_with_parent
 
@@ -46,6 +47,9 @@ IMAGE_SIZE, PATCH, TOKENS = 384, 16, 576
 IMAGE_TOKEN = 16  # of SmolLM2's vocabulary, never used in its training
 EMBEDDING_STD = 0.136  # of SmolLM2's own embeddings: what a trained projector's output looks like to the LM
 CONTEXT = 4096
+PRECISION = name_of(
+    dtype_of("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+)  # Basalt's own choice
 START_SECONDS = 300
 THAW_SECONDS = 0.5
 LORA_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -385,7 +389,7 @@ def start_peer(weights: Weights, python: Path, var: Path, cores: int) -> Server:
     (port,) = free_ports(1)
     var.mkdir(parents=True, exist_ok=True)
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", f"--model={weights.peer}"]
-    command += ["--served-model-name=plain", f"--port={port}", "--host=127.0.0.1", "--dtype=bfloat16"]
+    command += ["--served-model-name=plain", f"--port={port}", "--host=127.0.0.1", f"--dtype={PRECISION}"]
     command += [f"--max-model-len={CONTEXT}", "--max-num-seqs=32", "--max-num-batched-tokens=2048"]
     command += ["--enforce-eager", "--enable-prefix-caching", "--enable-prompt-tokens-details"]
     command += ["--chat-template-content-format=openai", "--uvicorn-log-level=warning"]

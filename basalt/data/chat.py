@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from basalt.model.precision import dtype_of
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "country": ("What is the capital of {}?", "Which language is spoken in {}?", "Tell me one fact about {}.",
                 "On which continent is {}?"),
@@ -87,7 +89,7 @@ def answer_prompts(base_lm: Path, prompts: list[str], out: Path, *, max_new_toke
         The number of rows written.
     """
     tokenizer = AutoTokenizer.from_pretrained(base_lm, padding_side="left")
-    lm: Any = AutoModelForCausalLM.from_pretrained(base_lm, dtype=torch.bfloat16).eval()
+    lm: Any = AutoModelForCausalLM.from_pretrained(base_lm, dtype=dtype_of("auto", torch.device("cpu"))).eval()
     rows = []
     for start in range(0, len(prompts), batch):
         asked = prompts[start : start + batch]

@@ -21,10 +21,12 @@ from basalt.data.images import ImageError, decode_image
 from basalt.data.preprocess import TEMPLATES, Tokenizer
 from basalt.data.readers import DataError, DataSet, Row
 from basalt.data.selection import TOO_LONG, UNLABELLED, Counts, learnable, usable, with_images
+from basalt.model.precision import dtype_of
+from basalt.train import parallel
 from basalt.train.recipe import DataSource, Recipe, RecipeError
 
 CHUNK = 256  # images read and decoded together
-TRAINED_BYTES = 2 + 2 + 4 + 4 + 8  # a trained weight: bf16 and its gradient, float32 and its gradient, AdamW's moments
+MASTER_BYTES = 4 + 4 + 8  # a trained weight's float32 master, its gradient and AdamW's moments
 
 
 class DroppedRows(BaseModel):
@@ -82,7 +84,7 @@ class EpochReport(BaseModel):
 class MemoryEstimate(BaseModel):
     """Bytes by arithmetic, not measured. Activations are not among them: only running the model tells."""
 
-    base_lm: int  # bf16
+    base_lm: int
     trained: int  # weights, gradients, float32 masters and AdamW's moments of projector and LoRA
     features_on_disk: int  # the cache of tower features
 
@@ -255,10 +257,11 @@ def _memory(recipe: Recipe, images: int) -> MemoryEstimate | None:
     if recipe.lora is not None:  # on all linear layers but the head, A [rank, in] and B [out, rank]
         linear = [shape for name, shape in shapes.items() if name.endswith("_proj.weight")]
         trained += recipe.lora.rank * sum(map(sum, linear))
+    size = dtype_of(recipe.dtype, parallel.device()).itemsize
     return MemoryEstimate(
-        base_lm=2 * sum(map(prod, shapes.values())),
-        trained=TRAINED_BYTES * trained,
-        features_on_disk=2 * images * recipe.tower.tokens * width,
+        base_lm=size * sum(map(prod, shapes.values())),
+        trained=(2 * size + MASTER_BYTES) * trained,
+        features_on_disk=size * images * recipe.tower.tokens * width,
     )
 
 

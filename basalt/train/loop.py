@@ -17,6 +17,7 @@ from basalt.data.grouping import fill_rows
 from basalt.data.preprocess import TEMPLATES, Tokenizer
 from basalt.model.last_layer import train_by_segments
 from basalt.model.multimodal_llama import MultimodalLlama
+from basalt.model.precision import dtype_of, name_of
 from basalt.model.projector import Projector
 from basalt.train import checkpoints, parallel
 from basalt.train.data import Batch, Dealer, Dealt, prepare
@@ -53,20 +54,24 @@ class Standardizer(nn.Module):
         return (features.float() - self.mean) / self.std
 
 
-def keep_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes the recipe of a run.
+def keep_recipe(recipe: Recipe, path: Path) -> Recipe:
+    """Writes the recipe of a run, its precision settled: by this machine when it begins, as it began when it goes on.
 
     Raises:
         RecipeError: the run was begun with another one, in more than how long it goes on.
     """
-    if path.is_file():
-        before = Recipe.model_validate_json(path.read_text()).model_dump(mode="json")
-        now = recipe.model_dump(mode="json")
+    first = Recipe.model_validate_json(path.read_text()) if path.is_file() else None
+    if recipe.dtype == "auto":
+        here = name_of(dtype_of("auto", parallel.device()))
+        recipe = recipe.model_copy(update={"dtype": here if first is None else first.dtype})
+    if first is not None:
+        before, now = first.model_dump(mode="json"), recipe.model_dump(mode="json")
         changed = [name for name in now if now[name] != before[name] and name not in MAY_CHANGE]
         if changed:
             told = "; ".join(f"{name}: {before[name]} before, {now[name]} now" for name in changed)
             raise RecipeError(f"{path.parent} was begun with another recipe ({told}): name another directory")
     path.write_text(recipe.model_dump_json(indent=2))
+    return recipe
 
 
 def begun(directory: Path) -> bool:
@@ -92,7 +97,7 @@ class Run:
     def __init__(self, recipe: Recipe, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with parallel.leader_first():
-            keep_recipe(recipe, directory / "recipe.json")
+            recipe = keep_recipe(recipe, directory / "recipe.json")
         world = parallel.rank_and_world()[1]
         if recipe.passes_per_step % world:
             raise RecipeError(f"passes_per_step = {recipe.passes_per_step} cannot be shared by {world} processes alike")
@@ -250,7 +255,10 @@ def load_base_lm(recipe: Recipe, device: torch.device) -> Any:
     attention = "eager" if plain else "sdpa"
     quantized = None if recipe.quantize is None else nf4()
     lm: Any = AutoModelForCausalLM.from_pretrained(
-        recipe.base_lm, dtype=getattr(torch, recipe.dtype), attn_implementation=attention, quantization_config=quantized
+        recipe.base_lm,
+        dtype=dtype_of(recipe.dtype, device),
+        attn_implementation=attention,
+        quantization_config=quantized,
     ).requires_grad_(False)
     if not plain:
         train_by_segments(lm)

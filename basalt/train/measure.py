@@ -13,6 +13,7 @@ from basalt.data.check import Measured
 from basalt.data.grouping import Pass, pass_length
 from basalt.data.packing import pack
 from basalt.model.multimodal_llama import MultimodalLlama
+from basalt.model.precision import dtype_of
 from basalt.model.projector import Projector
 from basalt.train import parallel
 from basalt.train.loop import COMPILE_FROM, compile_layers, keep_freed_memory, load_base_lm, trainable
@@ -32,7 +33,7 @@ def measure_steps(recipe: Recipe, passes: list[Pass]) -> Measured:
     batches = [pack(rows, pass_length(rows, recipe.row_length), 0).to(device) for rows in chosen]
     shape = recipe.tower.tokens, recipe.tower.width
     features = [
-        torch.randn(len(batch.images), *shape, dtype=getattr(torch, recipe.dtype), device=device) for batch in batches
+        torch.randn(len(batch.images), *shape, dtype=dtype_of(recipe.dtype, device), device=device) for batch in batches
     ]
     supervised = sum(len(batch.target) for batch in batches)
     began = 0.0
@@ -58,7 +59,7 @@ def _model(recipe: Recipe) -> tuple[MultimodalLlama, MasterAdamW]:
     device = parallel.device()
     lm = load_base_lm(recipe, device)
     projector = Projector(recipe.tower.width, recipe.projector_hidden, lm.config.hidden_size)
-    projector.to(device, getattr(torch, recipe.dtype))
+    projector.to(device, dtype_of(recipe.dtype, device))
     rates = [(trainable(projector), recipe.projector_learning_rate)]
     if recipe.lora is not None:
         config = LoraConfig(r=recipe.lora.rank, target_modules=LINEARS, task_type="CAUSAL_LM")

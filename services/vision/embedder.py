@@ -20,6 +20,7 @@ from basalt.catalog import Catalog
 from basalt.data.images import ImageError, decode_image
 from basalt.flights import SingleFlight
 from basalt.handoff import Blob, HandoffDirectory
+from basalt.model.precision import fast_bfloat16
 from basalt.model.projector import Projector, load_projector
 from basalt.model.vision_encoder import VisionEncoder, load_vision_encoder
 from basalt.object_store import ObjectNotFound, ObjectStore, image_id_of_key, image_key
@@ -233,9 +234,9 @@ class Embedder:
 
     def _tower_dtype(self, spec: TowerSpec) -> torch.dtype:
         """On a CPU bfloat16 only where it is the faster: in transformers' matrix products, by its own instructions."""
-        on_cpu = torch.device(self._settings.device).type == "cpu"
-        faster = torch.cpu.get_capabilities().get("avx512_bf16", False) and spec.kind != "efficientnet-lite"
-        return torch.float32 if on_cpu and not faster else getattr(torch, self._settings.dtype)
+        device = torch.device(self._settings.device)
+        faster = fast_bfloat16(device) and not (device.type == "cpu" and spec.kind == "efficientnet-lite")
+        return getattr(torch, self._settings.dtype) if faster else torch.float32
 
     def _load_projector(self, assistant: Assistant) -> Projector:
         loaded = self._projectors.get(assistant.version)

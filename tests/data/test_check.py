@@ -56,6 +56,7 @@ def recipe_of(base_lm: Path, *sources: DataSource, **fields: Any) -> Recipe:
         "projector_hidden": 48,
         "data": list(sources),
         "projector_learning_rate": 1e-3,
+        "dtype": "bfloat16",
         "steps": 40,
         "rows_per_pass": 2,
         "passes_per_step": 2,
@@ -103,6 +104,10 @@ def test_memory_is_arithmetic_on_real_shapes(base_lm: Path, images: Path, tmp_pa
     projector = 33 * 48 + 49 * 64
     assert one.trained == 20 * projector
     assert other.trained == 20 * (projector + 4 * 2 * (2 * 128 + 2 * 96 + 3 * 192))
+    full = check_recipe(recipe_of(base_lm, source, dtype="float32")).memory
+    assert full is not None
+    assert (full.base_lm, full.features_on_disk) == (2 * one.base_lm, 2 * one.features_on_disk)
+    assert full.trained == 24 * projector
 
 
 def test_everything_that_is_dropped_is_told(base_lm: Path, images: Path, tmp_path: Path) -> None:

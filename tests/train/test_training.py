@@ -16,10 +16,11 @@ from basalt.assistants import AssistantError, load_assistant, sha256
 from basalt.data.readers import DataError
 from basalt.model.assistant import LocalAssistant
 from basalt.model.multimodal_llama import MultimodalLlama
+from basalt.model.precision import dtype_of, name_of
 from basalt.model.projector import load_projector
 from basalt.model.vision_encoder import efficientnet_lite_weights
 from basalt.train.data import Dealer, prefetched
-from basalt.train.loop import Run, has_compiler, learned
+from basalt.train.loop import Run, has_compiler, keep_recipe, learned
 from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.publish import publish
 from basalt.train.recipe import Recipe, RecipeError
@@ -194,6 +195,17 @@ def test_a_projector_of_other_widths_is_refused_before_the_data_is_read(
 def test_a_run_is_not_gone_on_with_by_another_recipe(stage1: Recipe, aligned: Path) -> None:
     with pytest.raises(RecipeError, match=r"projector_learning_rate: 0\.003 before, 0\.1 now"):
         train_stage1(stage1.model_copy(update={"projector_learning_rate": 0.1}), aligned)
+
+
+def test_a_run_settles_its_precision_when_it_begins(stage1: Recipe, tmp_path: Path) -> None:
+    undecided, path = stage1.model_copy(update={"dtype": "auto"}), tmp_path / "recipe.json"
+    here = keep_recipe(undecided, path).dtype
+    assert here == name_of(dtype_of("auto", torch.device("cpu")))
+    other = "float32" if here == "bfloat16" else "bfloat16"  # as on a machine of the other kind
+    path.write_text(stage1.model_copy(update={"dtype": other}).model_dump_json())
+    assert keep_recipe(undecided, path).dtype == other
+    with pytest.raises(RecipeError, match=f"dtype: {other} before, {here} now"):
+        keep_recipe(stage1.model_copy(update={"dtype": here}), path)
 
 
 def test_a_data_set_with_many_broken_images_is_refused(stage1: Recipe, data: Path, tmp_path: Path) -> None:
