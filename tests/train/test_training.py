@@ -18,8 +18,9 @@ from basalt.model.assistant import LocalAssistant
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import load_projector
 from basalt.model.vision_encoder import efficientnet_lite_weights
+from basalt.train.checkpoints import learned
 from basalt.train.data import Dealer, prefetched
-from basalt.train.loop import Run, has_compiler, learned
+from basalt.train.loop import Run, has_compiler
 from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.publish import publish
 from basalt.train.recipe import Recipe, RecipeError
