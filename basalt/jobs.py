@@ -21,8 +21,15 @@ def create(
     images: Annotated[Path | None, typer.Option(help="a tar of the pictures they name", exists=True)] = None,
     held_out: Annotated[Path | None, typer.Option(help="rows whose loss is measured", exists=True)] = None,
     name: Annotated[str | None, typer.Option(help="the assistant's name")] = None,
-    stage: Annotated[str, typer.Option(help="two_stage, stage1 or stage2")] = "two_stage",
-    start: Annotated[str | None, typer.Option(help="for stage2: the stage 1 job to go on from")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="two_stage, stage1 or stage2; stage2 with --start, else two_stage")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JOB|NAME[@VERSION|@ALIAS]", help="for stage2: the stage 1 job, or the assistant, to go on from"
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="FIELD=VALUE of the recipe, or stage1.FIELD=VALUE of one stage; may be given again"),
@@ -30,6 +37,7 @@ def create(
     watch: Annotated[bool, typer.Option(help="show its events until it ends")] = False,
 ) -> None:
     """Uploads the data and submits a job."""
+    stage = stage or ("two_stage" if start is None else "stage2")
     method = {"type": stage} | _wishes(("stage1", "stage2") if stage == "two_stage" else (stage,), set_ or [])
     with _client() as client:
         files = {

@@ -48,10 +48,11 @@ from basalt.data.preprocess import TEMPLATES
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.train import checkpoints
 from basalt.train.loop import Run, trainable
+from basalt.train.lora import LINEARS
 from basalt.train.optimizer import MasterAdamW
 from basalt.train.phase import Stopped
 from basalt.train.recipe import DataSource, LoRA, Recipe
-from basalt.train.stage2_instruct import LINEARS, train_stage2
+from basalt.train.stage2_instruct import train_stage2
 
 BATCH, VOCABULARY, LM_DIM, TOWER_DIM, TOKENS, SIDE = 4, 4096, 256, 192, 729, 384
 IMAGE_TOKEN = 3

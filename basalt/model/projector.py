@@ -47,6 +47,10 @@ class Projector(nn.Module):
         raw.linear_2.load_state_dict(self.linear_2.state_dict())
         return raw
 
+    def unfolded(self, mean: Tensor, std: Tensor) -> "Projector":
+        """The inverse of `folded`: a projector for standardised features that equals this one on raw ones."""
+        return self.folded(-mean / std, 1 / std)
+
     def take(self, weights: Mapping[str, Tensor], whose: str) -> None:
         """Takes weights over.
 

@@ -85,6 +85,19 @@ def load_last(directory: Path, say: Callable[[str], None]) -> dict[str, Any] | N
     return None
 
 
+def learned(directory: Path) -> dict[str, Any]:
+    """The last checkpoint of a run: `projector` and `standardizer`, float32, and what its training needed besides.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: all there are are damaged.
+    """
+    state = load_last(directory, print)
+    if state is None:
+        raise FileNotFoundError(f"{directory} holds no run of `basalt train`: it has no checkpoint")
+    return state
+
+
 def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,6 +27,7 @@ from basalt.train.phase import Phase
 from basalt.train.progress import Tally
 from basalt.train.recipe import Recipe, RecipeError
 from basalt.train.samples import Sample, answers, sample_of
+from basalt.train.start import read_start
 
 MAY_CHANGE = ("steps", "epochs", "decay", "checkpoint_every")  # when a run goes on
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
@@ -78,19 +79,6 @@ def begun(directory: Path) -> bool:
     return bool(checkpoints.saved(directory))
 
 
-def learned(directory: Path) -> dict[str, Any]:
-    """The last checkpoint of a run: `projector` and `standardizer`, float32, and what its training needed besides.
-
-    Raises:
-        FileNotFoundError: there is none.
-        CheckpointError: all there are are damaged.
-    """
-    state = checkpoints.load_last(directory, print)
-    if state is None:
-        raise FileNotFoundError(f"{directory} holds no run of `basalt train`: it has no checkpoint")
-    return state
-
-
 class Run:
     """One training run in its directory: the recipe's model and data, and what has been learned so far."""
 
@@ -109,10 +97,7 @@ class Run:
             AutoTokenizer.from_pretrained(recipe.base_lm), template, recipe.image_token_id, recipe.tower.tokens
         )
         lm_dim = self.lm.config.hidden_size
-        started = None if recipe.start is None else learned(recipe.start)
-        if started is not None:  # tried now: reading the data and computing features may take hours
-            fitting = Projector(recipe.tower.width, recipe.projector_hidden, lm_dim)
-            fitting.take(started["projector"], f"{recipe.start}, where this run starts,")
+        self.start = read_start(recipe, lm_dim)  # now: reading the data and computing features may take hours
         with parallel.leader_first():
             sources = [prepare(source, recipe, self.tokenizer) for source in recipe.data]
             self.held_out = self._held_out()
@@ -122,23 +107,34 @@ class Run:
         torch.ones(1).sqrt()  # MKL's vector functions, first called by two threads at once, may round otherwise
         torch.manual_seed(recipe.seed)  # here, as computing features on the way draws numbers too
         self.projector = Projector(recipe.tower.width, recipe.projector_hidden, lm_dim)
-        if started is None:
-            self._start_afresh()
-        else:
-            self.projector.load_state_dict(started["projector"])
-            self.standardizer.load_state_dict(started["standardizer"])
+        self._begin()
         self.projector.to(self.device, getattr(torch, recipe.dtype))
         self.standardizer.to(self.device)
 
-    def _start_afresh(self) -> None:
+    def _begin(self) -> None:
+        """Puts projector and standardizer where training begins: afresh, or computing what `start` computes."""
+        start = self.start
+        if start is not None and start.standardizer is not None:
+            self.standardizer.load_state_dict(start.standardizer)
+            self.projector.load_state_dict(start.projector.state_dict())
+            return
+        self._measure_features()
+        if start is None:
+            self.projector.scale_output(float(self.lm.get_input_embeddings().weight.float().std()))
+        else:
+            raw = start.projector.unfolded(self.standardizer.mean, self.standardizer.std)
+            self.projector.load_state_dict(raw.state_dict())
+
+    def _measure_features(self) -> None:
+        """Fits the standardizer to some 512 images of each data set; without images it leaves features as they are."""
         caches = [source.features for source in self.dealer.sources if source.features is not None]
         sample = [
             feature.cpu()
             for cache in caches
             for feature in cache.of(list(cache.rows)[:: max(len(cache.rows) // 512, 1)]).values()
         ]
-        self.standardizer.measure(torch.stack(sample))
-        self.projector.scale_output(float(self.lm.get_input_embeddings().weight.float().std()))
+        if sample:
+            self.standardizer.measure(torch.stack(sample))
 
     def _held_out(self) -> list[Batch]:
         self.samples: list[Sample] = []
@@ -188,7 +184,14 @@ class Run:
             at_peak = sum(flops.of(batch.packed) for batch in batches) / peak_rate if peak_rate else 0.0
             return Tally(means, tokens, at_peak)
 
+        parent = None if self.start is None else self.start.parent
+
         def load(state: dict[str, Any]) -> None:
+            if (before := state.get("parent")) != parent:
+                raise RecipeError(
+                    f"{self.directory} was begun from {before or 'no assistant'}, and {recipe.start} is "
+                    f"{parent or 'none'} now: name another directory"
+                )
             optimizer.load(state["optimizer"])
             self.standardizer.load_state_dict(state["standardizer"])
 
@@ -201,6 +204,7 @@ class Run:
             work=work,
             state=lambda: {
                 "steps": self.steps,
+                "parent": parent,
                 "projector": {name: value.float() for name, value in self.projector.state_dict().items()},
                 "standardizer": self.standardizer.state_dict(),
                 "optimizer": optimizer.state(),

@@ -7,7 +7,6 @@ import resource
 import time
 
 import torch
-from peft import LoraConfig, get_peft_model
 
 from basalt.data.check import Measured
 from basalt.data.grouping import Pass, pass_length
@@ -17,9 +16,9 @@ from basalt.model.precision import dtype_of
 from basalt.model.projector import Projector
 from basalt.train import parallel
 from basalt.train.loop import COMPILE_FROM, compile_layers, keep_freed_memory, load_base_lm, trainable
+from basalt.train.lora import add_lora
 from basalt.train.optimizer import MasterAdamW
 from basalt.train.recipe import Recipe
-from basalt.train.stage2_instruct import LINEARS
 
 WARM, TIMED = 2, 3
 
@@ -62,8 +61,7 @@ def _model(recipe: Recipe) -> tuple[MultimodalLlama, MasterAdamW]:
     projector.to(device, dtype_of(recipe.dtype, device))
     rates = [(trainable(projector), recipe.projector_learning_rate)]
     if recipe.lora is not None:
-        config = LoraConfig(r=recipe.lora.rank, target_modules=LINEARS, task_type="CAUSAL_LM")
-        lm = get_peft_model(lm, config, autocast_adapter_dtype=False)
+        lm = add_lora(lm, recipe.lora, None)
         rates.append((trainable(lm), recipe.lora.learning_rate))
     model = MultimodalLlama(None, projector, lm, recipe.image_token_id)
     if recipe.steps is None or recipe.steps >= COMPILE_FROM:

@@ -28,8 +28,7 @@ from basalt.data.preprocess import TEMPLATES
 from basalt.data.readers import DataError, find_shards
 from basalt.model.projector import Projector
 from basalt.model.vision_encoder import efficientnet_lite_weights
-from basalt.train.checkpoints import file_digest
-from basalt.train.loop import learned
+from basalt.train.checkpoints import file_digest, learned
 from basalt.train.progress import read_log
 from basalt.train.recipe import Recipe
 
@@ -81,7 +80,7 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
             chat_template="chat_template.jinja",
             lineage={
                 "run": _record(run),
-                "parent": _parent(recipe),
+                "parent": state.get("parent") or _parent(recipe),
                 "base_lm": _weights_digest(recipe.base_lm),
                 "tower": _tower_digest(recipe.tower),
             }

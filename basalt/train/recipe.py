@@ -64,7 +64,7 @@ class Recipe(_Part):
     data: list[DataSource] = Field(min_length=1)
     held_out: DataSource | None = None  # its loss is measured as training goes
     samples: int = Field(default=3, ge=0)  # held-out questions whose answers are shown as training goes
-    start: ExpandedPath | None = None  # a stage 1 run whose projector is trained on
+    start: ExpandedPath | None = None  # a stage 1 run, or an assistant's directory, that is trained on
     grounding: Grounding | None = None
     lora: LoRA | None = None
     projector_learning_rate: float = Field(gt=0)

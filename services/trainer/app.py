@@ -46,7 +46,7 @@ def create_app(settings: Settings) -> FastAPI:
     for kind, status, code in told:
         app.add_exception_handler(kind, _told(status, code))
     guard = Guard(Reader(sessions), "train", host=settings.host, required=settings.require_key or None)
-    for router in (files.router(settings, sessions, store), fine_tuning.router(settings, sessions, dispatcher)):
+    for router in (files.router(settings, sessions, store), fine_tuning.router(settings, sessions, store, dispatcher)):
         app.include_router(router, dependencies=[Depends(guard)])
 
     app.include_router(metrics.router(sessions, KIND))

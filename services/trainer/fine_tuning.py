@@ -9,6 +9,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy import select
 
 from basalt.api_lists import page
+from basalt.object_store import ObjectStore
 from basalt.record import jobs
 from basalt.record.database import Sessions
 from basalt.record.files import get_file
@@ -18,11 +19,12 @@ from basalt.work.events import live
 from services.trainer.resolve import find_in, plan
 from services.trainer.schema import JobRequest, checkpoint_object, event_object, job_object
 from services.trainer.settings import KIND, Settings
+from services.trainer.start import find_version, is_job
 
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
-def router(settings: Settings, sessions: Sessions, dispatcher: Dispatcher) -> APIRouter:
+def router(settings: Settings, sessions: Sessions, store: ObjectStore, dispatcher: Dispatcher) -> APIRouter:
     routes = APIRouter(prefix="/v1/fine_tuning/jobs")
 
     @routes.post("")
@@ -35,15 +37,21 @@ def router(settings: Settings, sessions: Sessions, dispatcher: Dispatcher) -> AP
                     return Path(get_file(session, name).filename)
                 return find_in(settings.data_root, name)
 
-            start = parent = None
-            if request.start is not None:
-                parent = jobs.get(session, request.start)
-                if jobs.last_checkpoint(session, request.start, "stage1") is None:
-                    raise jobs.NotPossible(f"job {request.start} has no checkpoint of stage 1 to go on from")
-                start = Path(request.start)
+            wanted, parent = request.start, None
+            if wanted is not None and not is_job(wanted):
+                wanted, parent = find_version(wanted, session, store, settings.models_dir)
+            elif wanted is not None:
+                parent = jobs.get(session, wanted)
+                if jobs.last_checkpoint(session, wanted, "stage1") is None:
+                    raise jobs.NotPossible(
+                        f"job {wanted} has no checkpoint of stage 1 to go on from; where it published a version, "
+                        "'start' takes that"
+                    )
+            start = None if wanted is None else Path(wanted)
             recipes, features = settings.recipes, settings.features
             plan(request, job_id="", recipes=recipes, features=features, find=there, start=start, parent=parent)
-            job = jobs.create(session, KIND, request.model_dump(mode="json"))
+            # The version that is meant now: an alias may point elsewhere when the job's turn comes.
+            job = jobs.create(session, KIND, request.model_copy(update={"start": wanted}).model_dump(mode="json"))
             made = job_object(jobs.get(session, job.id))
         dispatcher.send(job.id)
         return made

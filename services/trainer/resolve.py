@@ -14,7 +14,9 @@ import yaml
 from pydantic import ValidationError
 
 from basalt.api_errors import bad_request
+from basalt.assistants import Manifest
 from basalt.record.jobs import Job
+from basalt.train.fit import misfits
 from basalt.train.plan import Plan, Stage
 from basalt.train.recipe import Recipe
 from services.trainer.schema import DataSpec, Hyperparameters, JobRequest, StageSpec
@@ -32,14 +34,15 @@ def plan(
     features: Path,
     find: Callable[[str], Path],
     start: Path | None,
-    parent: Job | None,
+    parent: Job | Manifest | None,
 ) -> Plan:
     """The plan of a job.
 
     Args:
         find: the path of an uploaded file, by its id, or of one under the data root.
-        start: the run of stage 1 that a job of stage 2 alone goes on from; with both stages it is this job's own.
-        parent: the job whose run `start` is.
+        start: the run of stage 1, or the assistant's directory, that a job of stage 2 alone goes on from; with both
+            stages it is this job's own run.
+        parent: the job whose run `start` is, or the assistant's manifest.
 
     Raises:
         APIError: (400) what cannot be, and what could.
@@ -52,7 +55,11 @@ def plan(
             "model_not_found",
         )
     named = request.method.stages()
-    if named[-1][0] == "stage2":
+    if (start is not None) != (request.method.type == "stage2"):
+        raise bad_request(
+            "'start' belongs to a method of type 'stage2', and that needs one: a stage 1 job or an assistant", "start"
+        )
+    if named[-1][0] == "stage2" and not isinstance(parent, Manifest):
         _check_start(request.model, None if parent is None else parent.request["model"], recipes)
     stages = []
     for name, spec in named:
@@ -69,8 +76,10 @@ def plan(
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
             raise bad_request(f"method.{name}: {field}: {first['msg']}", f"method.{name}.hyperparameters") from None
+    if isinstance(parent, Manifest):
+        _check_version(parent, request.model, stages[-1].recipe)
     lineage = {"job": job_id, "recipe": request.model, "request": request.model_dump(mode="json")}
-    if parent is not None:
+    if isinstance(parent, Job):  # of a version the run itself tells
         lineage["parent"] = (parent.result or {}).get("model")
     return Plan(name=request.suffix or job_id, stages=stages, lineage=lineage)
 
@@ -91,11 +100,24 @@ def _check_start(model: str, parent: str | None, recipes: Path) -> None:
         )
 
 
+def _check_version(manifest: Manifest, model: str, recipe: Recipe) -> None:
+    """Sees that stage 2 of the recipe `model` can go on from a published assistant."""
+    if told := misfits(manifest, recipe, _lm_dim(recipe.base_lm)):
+        raise bad_request(
+            f"the assistant {manifest.name} does not fit the recipe {model!r}: {'; '.join(told.values())}",
+            "start",
+            "lora_does_not_fit" if told.keys() == {"lora.rank"} else "projector_does_not_fit",
+        )
+
+
 def _widths(recipe: dict[str, Any]) -> tuple[int, int, int | None]:
     """Of its projector: tower, hidden, base LM; that is None where the base LM is not a directory of this machine."""
-    config = Path(os.path.expandvars(recipe["base_lm"])) / "config.json"
-    lm_dim = json.loads(config.read_text())["hidden_size"] if config.is_file() else None
-    return recipe["tower"]["width"], recipe["projector_hidden"], lm_dim
+    return recipe["tower"]["width"], recipe["projector_hidden"], _lm_dim(Path(os.path.expandvars(recipe["base_lm"])))
+
+
+def _lm_dim(base_lm: Path) -> int | None:
+    config = base_lm / "config.json"
+    return json.loads(config.read_text())["hidden_size"] if config.is_file() else None
 
 
 def _written(widths: tuple[int, int, int | None]) -> str:

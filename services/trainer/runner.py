@@ -33,6 +33,7 @@ from services.trainer import results
 from services.trainer.resolve import find_in, plan
 from services.trainer.schema import JobRequest
 from services.trainer.settings import Settings
+from services.trainer.start import bring_version, is_job
 
 log = logging.getLogger("basalt.trainer")
 
@@ -135,7 +136,11 @@ class Attempt:
             return path
 
         start = parent = None
-        if request.start is not None:
+        if request.start is not None and not is_job(request.start):
+            places = self.settings.models_dir, self.settings.versions_dir.resolve()
+            version = bring_version(request.start, *places, self.store)
+            start, parent = version.directory, version.manifest
+        elif request.start is not None:
             with self.sessions() as session:
                 parent = jobs.get(session, request.start)
             start = self.settings.work.resolve() / request.start / "stage1"

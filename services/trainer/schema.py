@@ -63,7 +63,9 @@ class JobRequest(_Request):
     validation_file: str | None = None
     method: Method = Method()
     hyperparameters: Hyperparameters | None = None  # OpenAI's older place for them
-    start: str | None = None  # ours, for stage2 alone: the stage 1 job whose projector is trained on
+    # Ours, for stage2 alone: the stage 1 job whose projector is trained on, or an assistant, NAME[@ALIAS|@VERSION], of
+    # which projector and LoRA are. A job keeps the version that was meant as it was submitted.
+    start: str | None = None
     suffix: str | None = Field(default=None, pattern=NAME)  # the assistant's name; the job's id without one
     seed: int | None = Field(default=None, ge=0, lt=2**31)
     metadata: dict[str, str] | None = None

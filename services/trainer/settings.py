@@ -21,6 +21,8 @@ class Settings(StoreSettings, RecordSettings):
     require_key: bool = False  # of requests on loopback too; on any other address they always need one
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", validation_alias="BASALT_REDIS_URL")
 
+    models_dir: Path = Field(default=Path("models"), validation_alias="BASALT_MODELS_DIR")
+    versions_dir: Path = Field(default=Path("var/versions"), validation_alias="BASALT_VERSIONS_DIR")
     recipes: Path = Path("recipes")  # RECIPES/NAME/stage1.yaml and stage2.yaml: what a job's `model` may name
     data_root: Path | None = None  # whose files jobs may name by path; without it, only uploaded ones
     work: Path = Path("var/jobs")  # where a worker keeps the runs of its jobs

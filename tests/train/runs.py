@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from basalt.train.loop import learned
+from basalt.train.checkpoints import learned
 
 
 def masters(run: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from basalt.train import checkpoints
-from basalt.train.loop import learned
+from basalt.train.checkpoints import learned
 from basalt.train.phase import Stopped
 from basalt.train.progress import read_log
 from basalt.train.recipe import Grounding, Recipe

@@ -19,8 +19,9 @@ from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.precision import dtype_of, name_of
 from basalt.model.projector import load_projector
 from basalt.model.vision_encoder import efficientnet_lite_weights
+from basalt.train.checkpoints import learned
 from basalt.train.data import Dealer, prefetched
-from basalt.train.loop import Run, has_compiler, keep_recipe, learned
+from basalt.train.loop import Run, has_compiler, keep_recipe
 from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.publish import publish
 from basalt.train.recipe import Recipe, RecipeError
@@ -154,7 +155,7 @@ def test_the_published_projector_takes_raw_features(stage1: Recipe, aligned: Pat
     features = torch.stack([cache[name] for name in cache.rows])
     with torch.no_grad():
         expected = run.projector(run.standardizer(features))
-        torch.testing.assert_close(published(features.float()), expected, atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(published(features.float()), expected, atol=5e-3, rtol=1e-2)  # float16 weights
 
 
 def test_publishing_needs_a_checkpoint(stage1: Recipe, tmp_path: Path) -> None:

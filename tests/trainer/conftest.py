@@ -110,6 +110,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> I
         "BASALT_TRAINER_RECIPES": str(directory / "recipes"),
         "BASALT_TRAINER_WORK": str(directory / "jobs"),
         "BASALT_TRAINER_FEATURES": str(directory / "features"),
+        "BASALT_VERSIONS_DIR": str(directory / "versions"),
         "BASALT_TRAINER_RECONCILE_SECONDS": "1",
         "PYTHONPATH": str(ROOT),
         **collector.environment(),

@@ -114,6 +114,52 @@ def test_stage_2_goes_on_from_another_job_where_the_projector_fits(
     assert lineage["request"]["start"] == first
 
 
+def test_stage_2_goes_on_from_a_published_assistant(
+    trainer: Trainer, rows: bytes, images: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = trainer.client()
+    training = client.files.create(file=("rows.json", rows), purpose="fine-tune").id
+    pictures = client.files.create(file=("images.tar", images), purpose="fine-tune").id
+
+    def job(kind: str, *, model: str = "tiny", name: str = "grown", start: str | None = None, **fields: object) -> str:
+        stage = {"hyperparameters": {"steps": 5, **fields}}
+        return client.fine_tuning.jobs.create(
+            model=model,
+            training_file=training,
+            suffix=name,
+            method={"type": kind, "stage1": stage, "stage2": stage},  # type: ignore[arg-type]
+            extra_body={"images_file": pictures, "start": start},
+        ).id
+
+    first = job("two_stage")
+    until(trainer, first, "succeeded")
+    parent = str(client.fine_tuning.jobs.retrieve(first).fine_tuned_model)
+    with pytest.raises(
+        openai.NotFoundError, match=r"no assistant 'unheard-of'.* the models directory has: basalt-tiny"
+    ):
+        job("stage2", start="unheard-of")
+    with pytest.raises(openai.NotFoundError, match="grown has no version or alias 'candidate'"):
+        job("stage2", start="grown@candidate")
+    with pytest.raises(openai.BadRequestError, match=r"tower\.image_size is 256 there and 64 in the recipe") as refused:
+        job("stage2", start="basalt-tiny")
+    assert refused.value.code == "projector_does_not_fit"
+    with pytest.raises(openai.BadRequestError, match="width of the base LM is 64 there and 128 in the recipe"):
+        job("stage2", start=parent, model="wide")
+    with pytest.raises(openai.BadRequestError, match=r"lora\.rank is 4 there and 8 in the recipe") as refused:
+        job("stage2", start=parent[: len("grown@") + 6], lora={"rank": 8})
+    assert refused.value.code == "lora_does_not_fit"
+    for kind, start in (("two_stage", parent), ("stage2", None)):
+        with pytest.raises(openai.BadRequestError, match="'start' belongs to a method of type 'stage2'"):
+            job(kind, start=start)
+    second = job("stage2", start="grown", name="further")
+    until(trainer, second, "succeeded")
+    for name in ("BASALT_STORE", "BASALT_DATABASE"):
+        monkeypatch.setenv(name, trainer.environment[name])
+    shown = CliRunner().invoke(app, ["models", "show", str(client.fine_tuning.jobs.retrieve(second).fine_tuned_model)])
+    lineage = json.loads(shown.stdout)["manifest"]["lineage"]
+    assert lineage["parent"] == lineage["request"]["start"] == parent
+
+
 def test_a_job_is_paused_and_resumed(trainer: Trainer, rows: bytes, images: bytes) -> None:
     client = trainer.client()
     job_id = submit(trainer, rows, images, steps=3000)
