@@ -21,6 +21,7 @@ from basalt.model.precision import dtype_of, name_of
 from basalt.model.projector import Projector
 from basalt.train import checkpoints, parallel
 from basalt.train.data import Batch, Dealer, Dealt, prepare
+from basalt.train.environment import keep_environment
 from basalt.train.flops import FlopCounter, peak
 from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.phase import Phase
@@ -86,6 +87,8 @@ class Run:
         directory.mkdir(parents=True, exist_ok=True)
         with parallel.leader_first():
             recipe = keep_recipe(recipe, directory / "recipe.json")
+        if parallel.rank_and_world()[0] == 0:
+            keep_environment(recipe, directory)
         world = parallel.rank_and_world()[1]
         if recipe.passes_per_step % world:
             raise RecipeError(f"passes_per_step = {recipe.passes_per_step} cannot be shared by {world} processes alike")

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -18,17 +16,15 @@ from basalt.assistants import (
     LoRASpec,
     Manifest,
     ProjectorSpec,
-    TowerSpec,
     load_assistant,
     replacing,
     seal,
     sha256,
 )
 from basalt.data.preprocess import TEMPLATES
-from basalt.data.readers import DataError, find_shards
 from basalt.model.projector import Projector
-from basalt.model.vision_encoder import efficientnet_lite_weights
-from basalt.train.checkpoints import file_digest, learned
+from basalt.train.checkpoints import learned
+from basalt.train.digests import rows_digest, tower_digest, weights_digest
 from basalt.train.progress import read_log
 from basalt.train.recipe import Recipe
 
@@ -81,8 +77,8 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
             lineage={
                 "run": _record(run),
                 "parent": state.get("parent") or _parent(recipe),
-                "base_lm": _weights_digest(recipe.base_lm),
-                "tower": _tower_digest(recipe.tower),
+                "base_lm": weights_digest(recipe.base_lm),
+                "tower": tower_digest(recipe.tower),
             }
             | lineage,
         )
@@ -113,39 +109,10 @@ def _record(run: Path) -> dict[str, Any] | None:
     last = read_log(run)[-1:]
     return {
         "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
-        "data": {str(source.rows): _rows_digest(source.rows) for source in recipe.data},
+        "data": {str(source.rows): rows_digest(source.rows) for source in recipe.data},
         "measured": {name: line[name] for line in last for name in MEASURED if name in line},
         "start": None if recipe.start is None else _record(recipe.start),
     }
-
-
-def _rows_digest(rows: Path) -> str | None:
-    """Of its files; None where they are gone by now."""
-    try:
-        return _files_digest(find_shards(rows))
-    except DataError:
-        return None
-
-
-def _tower_digest(spec: TowerSpec) -> str | None:
-    if spec.kind == "efficientnet-lite":
-        return _files_digest([efficientnet_lite_weights()])
-    return _weights_digest(Path(spec.id))
-
-
-def _weights_digest(model: Path) -> str | None:
-    """Of a model's weights, given by its directory or hub id; None where they are not on this machine."""
-    try:
-        directory = model if model.is_dir() else Path(snapshot_download(str(model), local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        return None
-    return _files_digest(sorted(directory.glob("*.safetensors")))
-
-
-def _files_digest(files: list[Path]) -> str | None:
-    """Of a file its own; of several that of their digests, in order."""
-    digests = [f"sha256:{file_digest(file)}" for file in files]
-    return digests[0] if len(digests) == 1 else sha256("\n".join(digests).encode()) if digests else None
 
 
 def _parent(recipe: Recipe) -> str | None:
