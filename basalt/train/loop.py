@@ -256,20 +256,23 @@ def load_base_lm(recipe: Recipe, device: torch.device) -> Any:
             f"base_lm: there is no directory {recipe.base_lm}: put a Hugging Face model there "
             "(for basalt-tiny, `basalt models prepare` does so)"
         )
-    # On a CPU the plain product over whole rows is the faster one for short rows: compiled, it has no kernel's start
-    # and no fused kernel's backward to pay.
-    plain = device.type == "cpu" and recipe.row_length <= PLAIN_UP_TO
-    attention = "eager" if plain else "sdpa"
     quantized = None if recipe.quantize is None else nf4()
     lm: Any = AutoModelForCausalLM.from_pretrained(
-        recipe.base_lm,
-        dtype=dtype_of(recipe.dtype, device),
-        attn_implementation=attention,
-        quantization_config=quantized,
-    ).requires_grad_(False)
-    if not plain:
+        recipe.base_lm, dtype=dtype_of(recipe.dtype, device), quantization_config=quantized
+    )
+    return made_ready(lm, recipe, device)
+
+
+def made_ready(lm: Any, recipe: Recipe, device: torch.device) -> Any:
+    """The LM frozen and on its device, attending in the way that is fastest for the recipe's rows."""
+    lm.requires_grad_(False)
+    if device.type == "cpu" and recipe.row_length <= PLAIN_UP_TO:
+        # The plain product over whole rows is the faster one for short rows: compiled, it has no kernel's start and no
+        # fused kernel's backward to pay.
+        lm.set_attn_implementation("eager")
+    else:
         train_by_segments(lm)
-    if quantized is None:  # what is quantised was put there as it was loaded
+    if recipe.quantize is None:  # what is quantised was put there as it was loaded
         lm.to(device)
     if recipe.recompute:
         lm.train()  # transformers recomputes in training mode only; there is no dropout it would switch on
