@@ -152,8 +152,8 @@ def score(
 def _train(stage: Callable[..., None], config: Path, out: Path) -> None:
     """Trains, alone or as one of the processes of `torchrun`; Ctrl-C or SIGTERM stops it with a checkpoint."""
     from basalt.train import parallel
-    from basalt.train.phase import Stopped
     from basalt.train.recipe import load_recipe
+    from basalt.train.stop import Stopped
 
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -50,9 +50,9 @@ from basalt.train import checkpoints
 from basalt.train.loop import Run, trainable
 from basalt.train.lora import LINEARS
 from basalt.train.optimizer import MasterAdamW
-from basalt.train.phase import Stopped
 from basalt.train.recipe import DataSource, LoRA, Recipe
 from basalt.train.stage2_instruct import train_stage2
+from basalt.train.stop import Stopped
 
 BATCH, VOCABULARY, LM_DIM, TOWER_DIM, TOKENS, SIDE = 4, 4096, 256, 192, 729, 384
 IMAGE_TOKEN = 3

@@ -19,6 +19,7 @@ from basalt.data.selection import Counts, learnable, usable, with_images
 from basalt.train import parallel
 from basalt.train.features import FeatureCache, LiveFeatures, tower_features
 from basalt.train.recipe import DataSource, Recipe
+from basalt.train.stop import Stop, never
 
 T = TypeVar("T")
 
@@ -39,11 +40,12 @@ class Batch:
     features: Tensor | None  # [images, tokens, tower_dim], bf16, raw
 
 
-def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> Source:
+def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer, stop: Stop = never) -> Source:
     """Reads, tokenises and groups one data set; computes its tower features if they are not cached.
 
     Raises:
         DataError: too many of the rows cannot be used; the message counts why.
+        Stopped: `stop` said so while features were computed.
     """
     data, counts = DataSet(source.rows, source.images), Counts(source.rows)
     rows = usable(data.rows(source.prompts), counts)
@@ -54,7 +56,8 @@ def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> Source:
     if names:
         keep = recipe.keep_features if recipe.grounding is None else True  # grounding asks for each again and again
         dtype = getattr(torch, recipe.dtype)
-        cache = tower_features(recipe.tower, data, names, recipe.features, dtype, keep=keep, epochs=recipe.epochs)
+        keeping = {"keep": keep, "epochs": recipe.epochs, "stop": stop}
+        cache = tower_features(recipe.tower, data, names, recipe.features, dtype, **keeping)
     samples = with_images(samples, {} if cache is None else cache.broken, counts)
     counts.check()
     chosen = ((row.images, sample) for row, sample in samples)

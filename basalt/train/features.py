@@ -1,10 +1,11 @@
 """The frozen tower's features: computed once and kept, as its images come again, or each time, where they do not fit.
 
 A cache is one file of `[images, tokens, width]` in the precision of training, memory-mapped, and an index of the
-image names.
+image names. While it is made, `BEGUN` tells how far it is: who is stopped or killed goes on from there.
 """
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,23 +19,26 @@ from basalt.data.readers import DataError, Images
 from basalt.data.selection import MAX_DROPPED
 from basalt.model.vision_encoder import load_vision_encoder
 from basalt.train import parallel
+from basalt.train.stop import Stop, Stopped, never
 
 DECODERS = 8  # threads that decode images
 BATCH = 32  # images that the tower sees together
+INDEX, BEGUN, FEATURES = "index.json", "begun.json", "features"  # files of a cache
+MARK_EVERY = 16  # batches
 
 
 class FeatureCache:
     """Features of a data set's images by name, read from a file."""
 
     def __init__(self, directory: Path) -> None:
-        index = json.loads((directory / "index.json").read_text())
+        index = json.loads((directory / INDEX).read_text())
         spec = TowerSpec.model_validate(index["tower"])
         self.rows: dict[str, int] = index["rows"]
         self.broken: dict[str, str] = index["broken"]  # image name → why
         shape = (len(self.rows), spec.tokens, spec.width)
         dtype = getattr(torch, index["dtype"])
         elements = shape[0] * shape[1] * shape[2]
-        self._features = torch.from_file(str(directory / "features"), size=elements, dtype=dtype).view(shape)
+        self._features = torch.from_file(str(directory / FEATURES), size=elements, dtype=dtype).view(shape)
 
     def __contains__(self, name: str) -> bool:
         return name in self.rows
@@ -116,12 +120,16 @@ def tower_features(
     *,
     keep: bool | None,
     epochs: float | None,
+    stop: Stop = never,
 ) -> FeatureCache | LiveFeatures:
     """Features of a data set's images, kept or computed each time; says which, and why.
 
     Args:
         keep: None decides: kept where they fit half of the disk that is free, and are needed more than once.
         epochs: how often each image is needed; None for often.
+
+    Raises:
+        Stopped: `stop` said so while they were computed.
     """
     if keep is None:
         count = len(set(names))
@@ -132,25 +140,34 @@ def tower_features(
         why = f"{size / 2**30:.1f} GiB of {free / 2**30:.0f} GiB free, each needed {epochs or 'many'} times"
         print(f"{source.path.name}: features of {count} images {'kept' if keep else 'computed each time'} ({why})")
     if keep:
-        return cached_features(spec, source, names, root, dtype)
+        return cached_features(spec, source, names, root, dtype, stop)
     return LiveFeatures(spec, source, names, dtype)
 
 
 def cached_features(
-    spec: TowerSpec, source: Images, names: list[str], root: Path, dtype: torch.dtype = torch.bfloat16
+    spec: TowerSpec,
+    source: Images,
+    names: list[str],
+    root: Path,
+    dtype: torch.dtype = torch.float32,
+    stop: Stop = never,
 ) -> FeatureCache:
     """Opens the cache for these images under `root`, computing it first where it is not there.
 
     Known again by the tower and the images' names and sizes. An image that is missing or cannot be decoded is left
     out and named in `broken`; nothing takes its place.
+
+    Raises:
+        Stopped: `stop` said so; asked again, it goes on from there.
     """
     images = [(name, _size(source, name)) for name in sorted(set(names))]
     about = {"tower": spec.model_dump(), "dtype": str(dtype).removeprefix("torch.")}
     directory = root / f"{source.path.stem}-{sha256(json.dumps([about, images]).encode())[7:23]}"
-    if not (directory / "index.json").is_file():
+    if not (directory / INDEX).is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        rows, broken = _compute(Tower(spec, source, dtype), [name for name, _ in images], directory / "features")
-        (directory / "index.json").write_text(json.dumps(about | {"rows": rows, "broken": broken}))
+        row_bytes = spec.tokens * spec.width * dtype.itemsize
+        rows, broken = _compute(Tower(spec, source, dtype), [name for name, _ in images], directory, row_bytes, stop)
+        _write_whole(directory / INDEX, about | {"rows": rows, "broken": broken})
     return FeatureCache(directory)
 
 
@@ -161,15 +178,38 @@ def _size(source: Images, name: str) -> int | None:
         return None
 
 
-def _compute(tower: Tower, names: list[str], target: Path) -> tuple[dict[str, int], dict[str, str]]:
+def _compute(
+    tower: Tower, names: list[str], directory: Path, row_bytes: int, stop: Stop
+) -> tuple[dict[str, int], dict[str, str]]:
     """Writes the features of all images that can be decoded; returns their rows, and why the others cannot."""
-    rows: dict[str, int] = {}
-    broken: dict[str, str] = {}
-    with target.open("wb") as file:
-        for at in range(0, len(names), BATCH):
+    begun = directory / BEGUN
+    told = json.loads(begun.read_text()) if begun.is_file() else {"rows": {}, "broken": {}}
+    rows: dict[str, int] = told["rows"]
+    broken: dict[str, str] = told["broken"]
+    (directory / FEATURES).touch()
+    with (directory / FEATURES).open("r+b") as file:
+        file.truncate(len(rows) * row_bytes)  # what was written since it was last told
+        file.seek(0, os.SEEK_END)
+        starts = range(len(rows) + len(broken), len(names), BATCH)
+        for number, at in enumerate(starts, 1):
             features, not_seen = tower.see(names[at : at + BATCH])
             broken |= not_seen
             for name, feature in features.items():
                 file.write(feature.cpu().contiguous().view(torch.uint8).numpy().tobytes())
                 rows[name] = len(rows)
+            stopping = stop()
+            if stopping or number % MARK_EVERY == 0:
+                file.flush()
+                os.fsync(file.fileno())
+                _write_whole(begun, {"rows": rows, "broken": broken})
+            if stopping:
+                raise Stopped(f"stopped at {at + BATCH} of {len(names)} images; started again, it goes on from there")
+    begun.unlink(missing_ok=True)
     return rows, broken
+
+
+def _write_whole(path: Path, value: object) -> None:
+    """Whoever reads finds all of it or nothing."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value))
+    partial.replace(path)

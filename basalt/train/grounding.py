@@ -11,7 +11,6 @@ No LM is run, so an image costs some fiftieth of what it costs in the stages.
 import math
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +29,7 @@ from basalt.train.optimizer import MasterAdamW
 from basalt.train.phase import Phase
 from basalt.train.progress import Tally
 from basalt.train.recipe import Grounding
+from basalt.train.stop import Stop
 
 GROUND = "background"  # the word for a token that lies in no box
 PLACES = ("top", "left", "middle", "right", "bottom")
@@ -159,7 +159,7 @@ class Grounder:
         self,
         run: Run,
         grounding: Grounding,
-        stop: Callable[[], bool],
+        stop: Stop,
     ) -> None:
         """Trains the run's projector, bf16, in place; cosine to zero after a short warm-up.
 

@@ -23,7 +23,7 @@ def main(directory: Path) -> int:
         signal.signal(number, lambda *_: asked.set())
     import torch  # after the handlers stand: it takes seconds
 
-    from basalt.train.phase import Stopped
+    from basalt.train.stop import Stopped
 
     plan = Plan.model_validate_json((directory / PLAN).read_text())
     try:

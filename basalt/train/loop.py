@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from basalt.train.progress import Tally
 from basalt.train.recipe import Recipe, RecipeError
 from basalt.train.samples import Sample, answers, sample_of
 from basalt.train.start import read_start
+from basalt.train.stop import Stop, never
 
 MAY_CHANGE = ("steps", "epochs", "decay", "checkpoint_every")  # when a run goes on
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
@@ -83,7 +83,7 @@ def begun(directory: Path) -> bool:
 class Run:
     """One training run in its directory: the recipe's model and data, and what has been learned so far."""
 
-    def __init__(self, recipe: Recipe, directory: Path) -> None:
+    def __init__(self, recipe: Recipe, directory: Path, stop: Stop = never) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with parallel.leader_first():
             recipe = keep_recipe(recipe, directory / "recipe.json")
@@ -102,8 +102,8 @@ class Run:
         lm_dim = self.lm.config.hidden_size
         self.start = read_start(recipe, lm_dim)  # now: reading the data and computing features may take hours
         with parallel.leader_first():
-            sources = [prepare(source, recipe, self.tokenizer) for source in recipe.data]
-            self.held_out = self._held_out()
+            sources = [prepare(source, recipe, self.tokenizer, stop) for source in recipe.data]
+            self.held_out = self._held_out(stop)
         self.dealer = Dealer(sources, recipe, pad_id=0)
         self.steps = recipe.total_steps(self.dealer.steps_per_epoch())
         self.standardizer = Standardizer(recipe.tower.width)
@@ -139,11 +139,11 @@ class Run:
         if sample:
             self.standardizer.measure(torch.stack(sample))
 
-    def _held_out(self) -> list[Batch]:
+    def _held_out(self, stop: Stop) -> list[Batch]:
         self.samples: list[Sample] = []
         if self.recipe.held_out is None:
             return []
-        source = prepare(self.recipe.held_out, self.recipe, self.tokenizer)
+        source = prepare(self.recipe.held_out, self.recipe, self.tokenizer, stop)
         dealer = Dealer([source], self.recipe, pad_id=0)
         chosen = [group for group in source.groups if group.images][: self.recipe.samples]
         self.samples = [sample_of(group, dealer.features(group), self.tokenizer) for group in chosen]
@@ -151,7 +151,7 @@ class Run:
         size = self.recipe.rows_per_pass
         return [dealer.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
 
-    def train(self, name: str, model: MultimodalLlama, optimizer: MasterAdamW, stop: Callable[[], bool]) -> None:
+    def train(self, name: str, model: MultimodalLlama, optimizer: MasterAdamW, stop: Stop) -> None:
         """Runs the recipe's steps, going on from this run's checkpoint if there is one.
 
         Raises:

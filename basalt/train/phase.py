@@ -15,16 +15,9 @@ import torch.distributed as dist
 from basalt.train import checkpoints
 from basalt.train.data import prefetched
 from basalt.train.progress import EVERY, Tally, Telling, read_log
+from basalt.train.stop import Stop, Stopped
 
 B = TypeVar("B")
-
-
-class Stopped(Exception):
-    """The run was asked to stop and did, with a checkpoint; started again, it goes on from there."""
-
-
-def never() -> bool:
-    return False
 
 
 @dataclass
@@ -48,7 +41,7 @@ class Phase(Generic[B]):
     work: Callable[[int, B], Tally]
     state: Callable[[], dict[str, Any]]
     load: Callable[[dict[str, Any]], None]
-    stop: Callable[[], bool]
+    stop: Stop
     evaluate: Callable[[], dict[str, Any]] = field(default=dict)
 
     def run(self) -> None:

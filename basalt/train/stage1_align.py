@@ -4,18 +4,17 @@ LLaVA-1.5's recipe (Liu et al. 2023): tower and LM frozen, lr 1e-3, cosine, warm
 projector grounded first (see `basalt.train.grounding`).
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.train.grounding import Grounder
 from basalt.train.loop import Run, begun, trainable
 from basalt.train.optimizer import MasterAdamW
-from basalt.train.phase import never
 from basalt.train.recipe import Recipe, RecipeError
+from basalt.train.stop import Stop, never
 
 
-def train_stage1(recipe: Recipe, directory: Path, stop: Callable[[], bool] = never) -> None:
+def train_stage1(recipe: Recipe, directory: Path, stop: Stop = never) -> None:
     """Trains the projector and leaves it in the run's last checkpoint.
 
     Raises:
@@ -23,7 +22,7 @@ def train_stage1(recipe: Recipe, directory: Path, stop: Callable[[], bool] = nev
     """
     if recipe.lora or recipe.start:
         raise RecipeError("stage 1 trains a fresh projector alone: `lora` and `start` belong to stage 2")
-    run = Run(recipe, directory)
+    run = Run(recipe, directory, stop)
     if recipe.grounding is not None and not begun(directory):
         embeddings = run.lm.get_input_embeddings().weight.detach()
         grounder = Grounder(run.dealer.sources, recipe.tower, embeddings, run.tokenizer.tokenizer)

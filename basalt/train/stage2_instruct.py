@@ -4,7 +4,6 @@ LLaVA-1.5's LoRA recipe (Liu et al. 2023) with own learning rates for projector 
 and the tower stay as they are.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,11 +13,11 @@ from basalt.train import parallel
 from basalt.train.loop import Run, trainable
 from basalt.train.lora import add_lora
 from basalt.train.optimizer import MasterAdamW
-from basalt.train.phase import never
 from basalt.train.recipe import Recipe, RecipeError
+from basalt.train.stop import Stop, never
 
 
-def train_stage2(recipe: Recipe, directory: Path, stop: Callable[[], bool] = never) -> None:
+def train_stage2(recipe: Recipe, directory: Path, stop: Stop = never) -> None:
     """Trains projector and LoRA, leaves them in the run's last checkpoint and the adapter in `directory/lora`.
 
     Raises:
@@ -28,7 +27,7 @@ def train_stage2(recipe: Recipe, directory: Path, stop: Callable[[], bool] = nev
         raise RecipeError("stage 2 needs `lora`, and a run of stage 1 or an assistant's directory as `start`")
     if recipe.grounding is not None:
         raise RecipeError("`grounding` belongs to stage 1")
-    run = Run(recipe, directory)
+    run = Run(recipe, directory, stop)
     torch.manual_seed(recipe.seed)  # the same LoRA in every process
     lm = add_lora(run.lm, recipe.lora, None if run.start is None else run.start.adapter)
     model = MultimodalLlama(None, run.projector, lm, recipe.image_token_id)

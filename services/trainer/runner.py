@@ -96,7 +96,7 @@ class Attempt:
         if code == DONE:
             with tracing.span("publish"):
                 return self._with_patience(lambda: self._publish(prepared))
-        if code == STOPPED:
+        if code == STOPPED or (code < 0 and (self.lease.wanted != "run" or self.stopping())):  # it, or we, ended it
             return self._at_rest()
         if code in (REFUSED, NO_ROOM) and (self.directory / REFUSAL).is_file():
             refusal = Refusal.model_validate_json((self.directory / REFUSAL).read_text())

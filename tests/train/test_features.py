@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from basalt.data.readers import DataError, ImageSource
-from basalt.train.features import FeatureCache, LiveFeatures, cached_features, tower_features
+from basalt.train import features as computing
+from basalt.train.features import FEATURES, INDEX, FeatureCache, LiveFeatures, cached_features, tower_features
+from basalt.train.stop import Stopped
 from tests.train.conftest import TOWER
 
 
@@ -61,7 +63,7 @@ def test_features_computed_each_time_are_those_that_are_kept(images: Path, tmp_p
 def test_a_broken_image_found_on_the_way_is_left_out_until_there_are_too_many(images: Path) -> None:
     for number in range(18):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(images / f"{number}.png")
-    live = LiveFeatures(TOWER, ImageSource(images), [path.name for path in images.iterdir()], torch.bfloat16)
+    live = LiveFeatures(TOWER, ImageSource(images), [path.name for path in images.iterdir()], torch.float32)
     (images / "1.png").write_bytes(b"not a picture")
     assert list(live.of(["red.png", "1.png"])) == ["red.png"]
     assert list(live.of(["1.png"])) == []
@@ -85,6 +87,31 @@ def test_features_are_kept_where_they_fit_and_are_needed_again(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     root = tmp_path / "cache"
-    found = tower_features(TOWER, ImageSource(images), ["red.png"], root, torch.bfloat16, keep=None, epochs=epochs)
+    found = tower_features(TOWER, ImageSource(images), ["red.png"], root, torch.float32, keep=None, epochs=epochs)
     assert isinstance(found, kind)
     assert ("kept" in capsys.readouterr().out) == (kind is FeatureCache)
+
+
+def test_a_cache_that_was_stopped_or_killed_is_gone_on_with(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(computing, "BATCH", 2)
+    for number in range(7):
+        Image.new("RGB", (8, 8), (30 * number, 0, 0)).save(images / f"{number}.png")
+    (images / "3.png").write_bytes(b"not a picture")
+    names = [f"{number}.png" for number in range(7)]
+    whole = cached_features(TOWER, ImageSource(images), names, tmp_path / "whole")
+    asked = iter([False, True])
+    with pytest.raises(Stopped, match="4 of 7"):
+        cached_features(TOWER, ImageSource(images), names, tmp_path / "cache", stop=lambda: next(asked))
+    (begun,) = (tmp_path / "cache").iterdir()
+    with (begun / FEATURES).open("ab") as file:  # as a kill leaves it in the middle of a batch
+        file.write(b"half a row")
+    seen: list[str] = []
+    decode = computing.decode_image
+    monkeypatch.setattr(computing, "decode_image", lambda data: seen.append("one") or decode(data))
+    again = cached_features(TOWER, ImageSource(images), names, tmp_path / "cache")
+    assert len(seen) == 3  # the others were not computed again
+    assert (again.rows, again.broken.keys()) == (whole.rows, {"3.png"})
+    assert all(torch.equal(again[name], whole[name]) for name in whole.rows)
+    assert sorted(path.name for path in begun.iterdir()) == [FEATURES, INDEX]

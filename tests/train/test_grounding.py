@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from basalt.data.scenes import Box
 from basalt.train.grounding import GROUND, ONE, ONE_SHARE, PLACE_SHARE, PLACES, Grounder, Photo, cell_contents
 from basalt.train.loop import Run
-from basalt.train.phase import never
 from basalt.train.recipe import Grounding, Recipe
 from basalt.train.stage1_align import train_stage1
+from basalt.train.stop import never
 
 NAMED = {GROUND: [0], "red": [1], "blue car": [2, 3]}
 IDS = NAMED | {place: [4 + index] for index, place in enumerate(PLACES)}

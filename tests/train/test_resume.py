@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from basalt.train import checkpoints
 from basalt.train.checkpoints import learned
-from basalt.train.phase import Stopped
 from basalt.train.progress import read_log
 from basalt.train.recipe import Grounding, Recipe
 from basalt.train.stage1_align import train_stage1
 from basalt.train.stage2_instruct import train_stage2
+from basalt.train.stop import Stopped
 from tests.train.runs import masters, same
 
 KILLS = 20

@@ -16,10 +16,10 @@ from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.projector import Projector, load_projector
 from basalt.train.loop import Run
 from basalt.train.lora import add_lora
-from basalt.train.phase import Stopped
 from basalt.train.publish import publish
 from basalt.train.recipe import DataSource, LoRA, Recipe, RecipeError
 from basalt.train.stage2_instruct import train_stage2
+from basalt.train.stop import Stopped
 from tests.tiny_lm import make_lm
 from tests.train.runs import masters, same
 
