@@ -16,6 +16,7 @@ from basalt.data.preprocess import Tokenizer
 from basalt.data.readers import DataSet
 from basalt.data.scenes import Box
 from basalt.data.selection import Counts, learnable, usable, with_images
+from basalt.model.precision import dtype_of
 from basalt.train import parallel
 from basalt.train.features import FeatureCache, LiveFeatures, tower_features
 from basalt.train.recipe import DataSource, Recipe
@@ -55,7 +56,7 @@ def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer, stop: Stop
     cache = None
     if names:
         keep = recipe.keep_features if recipe.grounding is None else True  # grounding asks for each again and again
-        dtype = getattr(torch, recipe.dtype)
+        dtype = dtype_of(recipe.dtype, parallel.device())
         keeping = {"keep": keep, "epochs": recipe.epochs, "stop": stop}
         cache = tower_features(recipe.tower, data, names, recipe.features, dtype, **keeping)
     samples = with_images(samples, {} if cache is None else cache.broken, counts)

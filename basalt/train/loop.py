@@ -111,7 +111,7 @@ class Run:
         torch.manual_seed(recipe.seed)  # here, as computing features on the way draws numbers too
         self.projector = Projector(recipe.tower.width, recipe.projector_hidden, lm_dim)
         self._begin()
-        self.projector.to(self.device, getattr(torch, recipe.dtype))
+        self.projector.to(self.device, dtype_of(recipe.dtype, self.device))
         self.standardizer.to(self.device)
 
     def _begin(self) -> None:
@@ -160,7 +160,7 @@ class Run:
         recipe = self.recipe
         keep_freed_memory()
         layers = model.causal_lm.model.layers
-        flops, peak_rate = FlopCounter(model), peak(self.device, getattr(torch, recipe.dtype))
+        flops, peak_rate = FlopCounter(model), peak(self.device, dtype_of(recipe.dtype, self.device))
         if recipe.shard:
             parallel.shard(layers)
         if self.steps >= COMPILE_FROM:

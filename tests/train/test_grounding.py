@@ -102,7 +102,9 @@ def test_visual_tokens_come_to_point_to_what_they_show(grounded: Recipe, tmp_pat
 
     def right() -> float:
         with torch.no_grad():
-            found, _ = grounder.scores(run.projector(run.standardizer(features).bfloat16()))
+            found, _ = grounder.scores(
+                run.projector(run.standardizer(features).to(run.projector.linear_1.weight.dtype))
+            )
         column = {run.tokenizer.tokenizer.decode([token]): place for token, place in grounder.column.items()}
         left = torch.tensor([column[name[0]] for name in names])
         return float((found[:, [0, 2]].argmax(-1) == left[:, None]).float().mean())
