@@ -376,6 +376,7 @@ def start_llm(base_lm: Path, var: Path, shared: Path, cores: int) -> Server:
         "BASALT_HANDOFF_DIR": str(shared),
         "BASALT_BASE_LM_DIR": str(base_lm),
         "BASALT_LLM_PORT": str(port),
+        "BASALT_LLM_DTYPE": "bfloat16",  # as the large LM that the small one stands for
     }
     server = Server(f"http://127.0.0.1:{port}", "tiny", block=32)
     command = [sys.executable, "-m", "services.llm"]

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from services.llm.fit import BaseLM
 from services.llm.server import fitting_catalog, vllm_arguments
@@ -81,3 +82,5 @@ def test_settings_and_assistants_become_vllms_arguments(
     assert settings.kv_cache_gib == 2
     assert f"--max-model-len={CONTEXT}" in arguments
     assert "--max-lora-rank=8" in arguments
+    fast = torch.cuda.is_available() or torch.cpu.get_capabilities().get("avx512_bf16")
+    assert f"--dtype={'bfloat16' if fast else 'float32'}" in arguments
