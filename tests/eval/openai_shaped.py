@@ -93,5 +93,5 @@ def serving(behave: Behave, version: str = "1") -> Iterator[Server]:
         yield server
     finally:
         running.should_exit = True
-        thread.join()
+        thread.join(10)  # whoever was killed in the middle of an answer may have left a handler that never ends
         listener.close()
