@@ -59,7 +59,7 @@ TOWER = SiglipVisionConfig(
 )
 SPEC = TowerSpec(kind="siglip", id="random", image_size=384, tokens=729, width=1152, fit="pad")
 QUICK_LAYERS = 2
-ROW_LENGTH = {"stage1": 3072, "stage2": 2048}
+ROW_LENGTH = {"stage1": 3072, "stage2": 4096}  # four pictures, and three conversations
 WARM, TIMED = 3, 8  # steps
 
 
