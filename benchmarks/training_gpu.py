@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from sizing import LAYERS, LLAMA, SO400M
 from transformers import AutoModelForCausalLM, LlamaConfig, SiglipVisionConfig, SiglipVisionModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -38,25 +39,14 @@ from basalt.train.optimizer import MasterAdamW
 from basalt.train.recipe import DataSource, LoRA, Recipe
 
 GOALS = {"stage1": 0.40, "stage2": 0.45}
-IMAGE_TOKEN, VOCABULARY = 128_002, 128_256
+IMAGE_TOKEN = 128_002
 LM = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=VOCABULARY,
+    **LLAMA,
+    num_hidden_layers=LAYERS,
     rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
     max_position_embeddings=8192,
 )
-TOWER = SiglipVisionConfig(
-    hidden_size=1152,
-    intermediate_size=4304,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    image_size=384,
-    patch_size=14,
-)
+TOWER = SiglipVisionConfig(**SO400M)
 SPEC = TowerSpec(kind="siglip", id="random", image_size=384, tokens=729, width=1152, fit="pad")
 QUICK_LAYERS = 2
 ROW_LENGTH = {"stage1": 3072, "stage2": 4096}  # four pictures, and three conversations

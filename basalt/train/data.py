@@ -57,8 +57,9 @@ def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer, stop: Stop
     if names:
         keep = recipe.keep_features if recipe.grounding is None else True  # grounding asks for each again and again
         dtype = dtype_of(recipe.dtype, parallel.device())
-        keeping = {"keep": keep, "epochs": recipe.epochs, "stop": stop}
-        cache = tower_features(recipe.tower, data, names, recipe.features, dtype, **keeping)
+        cache = tower_features(
+            recipe.tower, data, names, recipe.features, dtype, keep=keep, epochs=recipe.epochs, stop=stop
+        )
     samples = with_images(samples, {} if cache is None else cache.broken, counts)
     counts.check()
     chosen = ((row.images, sample) for row, sample in samples)

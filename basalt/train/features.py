@@ -17,6 +17,7 @@ from basalt.assistants import TowerSpec, sha256
 from basalt.data.images import ImageError, decode_image
 from basalt.data.readers import DataError, Images
 from basalt.data.selection import MAX_DROPPED
+from basalt.model.precision import name_of
 from basalt.model.vision_encoder import load_vision_encoder
 from basalt.train import parallel
 from basalt.train.stop import Stop, Stopped, never
@@ -161,7 +162,7 @@ def cached_features(
         Stopped: `stop` said so; asked again, it goes on from there.
     """
     images = [(name, _size(source, name)) for name in sorted(set(names))]
-    about = {"tower": spec.model_dump(), "dtype": str(dtype).removeprefix("torch.")}
+    about = {"tower": spec.model_dump(), "dtype": name_of(dtype)}
     directory = root / f"{source.path.stem}-{sha256(json.dumps([about, images]).encode())[7:23]}"
     if not (directory / INDEX).is_file():
         directory.mkdir(parents=True, exist_ok=True)
