@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pixel_unshuffle
+from torch.nn.utils import fuse_conv_bn_eval
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -25,6 +26,13 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 SIGLIP = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 EFFICIENTNET_LITE = ((127 / 255,) * 3, (128 / 255,) * 3)  # as its ImageNet weights were trained
 
+CONVOLUTIONS_AND_NORMS = (  # of EfficientNet-Lite and its blocks, as the package names them
+    ("_conv_stem", "_bn0"),
+    ("_conv_head", "_bn1"),
+    ("_expand_conv", "_bn0"),
+    ("_depthwise_conv", "_bn1"),
+    ("_project_conv", "_bn2"),
+)
 FEATURE_LAYER = -2  # of a transformer tower
 ATTENTION = "basalt_tower"
 
@@ -151,6 +159,7 @@ def _efficientnet_lite(spec: TowerSpec) -> VisionEncoder:
         raise ValueError(f"unknown tower {spec.id!r}: the efficientnet-lite tower is 'efficientnet-lite2'")
     net = EfficientNet.from_name("efficientnet-lite2")
     net.load_state_dict(torch.load(efficientnet_lite_weights(), weights_only=True))
+    _fold(net.eval())
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(pixels: Tensor) -> Tensor:
@@ -166,6 +175,23 @@ def _efficientnet_lite(spec: TowerSpec) -> VisionEncoder:
         return torch.cat([tokens, _coordinates(grid)], dim=-1) if spec.coordinates else tokens
 
     return VisionEncoder(spec, net, features, EFFICIENTNET_LITE)
+
+
+def _fold(net: nn.Module) -> None:
+    """Leaves convolutions and ReLU6 alone of a network that is no longer trained: batch norms go into the convolutions
+    before them, even padding too, activations work in place. The same features, more than twice as fast on a CPU."""
+    modules: list[Any] = [each for each in net.modules() if hasattr(each, "_swish")]
+    for module in modules:
+        module._swish.inplace = True
+        for convolution_name, norm_name in CONVOLUTIONS_AND_NORMS:
+            convolution, norm = getattr(module, convolution_name, None), getattr(module, norm_name, None)
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                fused: Any = fuse_conv_bn_eval(convolution, norm)
+                left, *others = getattr(fused.static_padding, "padding", (0,))
+                if all(side == left for side in others):
+                    fused.padding, fused.static_padding = (left, left), nn.Identity()
+                setattr(module, convolution_name, fused)
+                setattr(module, norm_name, nn.Identity())
 
 
 def _coordinates(grid: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """The embedded default's tower: its shapes, and what its coordinates say."""
 
+from typing import Any
+
 import pytest
 import torch
 from PIL import Image
 
 from basalt.assistants import TowerSpec
-from basalt.model.vision_encoder import attend_by_products, load_vision_encoder
+from basalt.model.vision_encoder import attend_by_products, efficientnet_lite_weights, load_vision_encoder
 
 PLAIN = TowerSpec(kind="efficientnet-lite", id="efficientnet-lite2", image_size=96, tokens=9, width=2528, fit="resize")
 
@@ -21,6 +23,20 @@ def test_coordinates_follow_the_features_and_tell_row_and_column() -> None:
             expected = torch.zeros(6)
             expected[row] = expected[3 + column] = 1.0
             assert torch.equal(image[token, 2528:], expected)
+
+
+def test_the_folded_network_sees_what_the_whole_one_sees() -> None:
+    from efficientnet_lite_pytorch import EfficientNet
+
+    whole: Any = EfficientNet.from_name("efficientnet-lite2").eval()
+    whole.load_state_dict(torch.load(efficientnet_lite_weights(), weights_only=True))
+    spec = PLAIN.model_copy(update={"image_size": 256, "tokens": 64})
+    pixels = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    given = pixels.clone()
+    with torch.no_grad():
+        expected = whole.extract_features(pixels).flatten(2).transpose(1, 2)  # [2, 64, 1280]
+    torch.testing.assert_close(load_vision_encoder(spec)(pixels)[..., :1280], expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(pixels, given)
 
 
 def test_a_spec_of_another_width_is_refused() -> None:
