@@ -2,9 +2,12 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -13,9 +16,9 @@ from torch import Tensor
 from basalt.data.grouping import Group, Pass, deal, group_samples, pass_length
 from basalt.data.packing import Packed, pack
 from basalt.data.preprocess import Tokenizer
-from basalt.data.readers import DataSet
+from basalt.data.readers import DataSet, is_inside
 from basalt.data.scenes import Box
-from basalt.data.selection import Counts, learnable, usable, with_images
+from basalt.data.selection import Counts, Samples, learnable, usable, with_images
 from basalt.model.precision import dtype_of
 from basalt.train import parallel
 from basalt.train.features import FeatureCache, LiveFeatures, tower_features
@@ -27,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Source:
-    """One data set, ready: its groups name images of its cache."""
+    """One data set, ready: its groups name images of its features, which it may share."""
 
     groups: list[Group]
     weight: float
@@ -41,32 +44,62 @@ class Batch:
     features: Tensor | None  # [images, tokens, tower_dim], bf16, raw
 
 
-def prepare(source: DataSource, recipe: Recipe, tokenizer: Tokenizer, stop: Stop = never) -> Source:
-    """Reads, tokenises and groups one data set; computes its tower features if they are not cached.
+def prepare(sources: Sequence[DataSource], recipe: Recipe, tokenizer: Tokenizer, stop: Stop = never) -> list[Source]:
+    """Reads, tokenises and groups data sets; computes their tower features if they are not cached, once for those
+    that are about images of one folder or tar.
 
     Raises:
-        DataError: too many of the rows cannot be used; the message counts why.
+        DataError: too many of the rows of one cannot be used; the message counts why.
         Stopped: `stop` said so while features were computed.
     """
+    readings = [_read(source, recipe, tokenizer) for source in sources]  # all, before the tower is run for hours
+    alike: dict[Path, list[_Reading]] = defaultdict(list)
+    for reading in readings:
+        alike[reading.home].append(reading)
+    features = {home: _features([each.names for each in of], of[0].data, recipe, stop) for home, of in alike.items()}
+    return [_grouped(reading, features[reading.home], recipe) for reading in readings]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One data set, read and tokenised."""
+
+    source: DataSource
+    data: DataSet
+    samples: Samples
+    counts: Counts
+    names: list[str]  # of its images
+    home: Path  # where they all are
+
+
+def _read(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> _Reading:
     data, counts = DataSet(source.rows, source.images), Counts(source.rows)
     rows = usable(data.rows(source.prompts), counts)
     samples = learnable(((row, tokenizer.sample(row.messages)) for row in rows), recipe.row_length, counts)
-    counts.check()  # before the tower is run for hours
+    counts.check()
     names = [name for row in rows for name in row.images]
-    cache = None
-    if names:
-        keep = recipe.keep_features if recipe.grounding is None else True  # grounding asks for each again and again
-        dtype = dtype_of(recipe.dtype, parallel.device())
-        cache = tower_features(
-            recipe.tower, data, names, recipe.features, dtype, keep=keep, epochs=recipe.epochs, stop=stop
-        )
-    samples = with_images(samples, {} if cache is None else cache.broken, counts)
+    beside = source.images is not None and not any(map(is_inside, names))
+    return _Reading(source, data, samples, counts, names, data.path if beside else source.rows)
+
+
+def _features(names: list[list[str]], data: DataSet, recipe: Recipe, stop: Stop) -> FeatureCache | LiveFeatures | None:
+    named = list(chain.from_iterable(names))
+    if not named:
+        return None
+    keep = recipe.keep_features if recipe.grounding is None else True  # grounding asks for each again and again
+    dtype = dtype_of(recipe.dtype, parallel.device())
+    return tower_features(recipe.tower, data, named, recipe.features, dtype, keep=keep, epochs=recipe.epochs, stop=stop)
+
+
+def _grouped(reading: _Reading, features: FeatureCache | LiveFeatures | None, recipe: Recipe) -> Source:
+    source, counts = reading.source, reading.counts
+    samples = with_images(reading.samples, {} if features is None else features.broken, counts)
     counts.check()
     chosen = ((row.images, sample) for row, sample in samples)
     groups = group_samples(chosen, recipe.row_length, recipe.image_token_id)
     print(f"{source.rows.name}: {counts.rows} rows in {len(groups)} groups; {counts}")
     boxes = {} if source.boxes is None else json.loads(source.boxes.read_text())
-    return Source(groups, source.weight, cache, boxes)
+    return Source(groups, source.weight, features, boxes)
 
 
 @dataclass(frozen=True)

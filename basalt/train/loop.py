@@ -19,7 +19,7 @@ from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.precision import dtype_of, name_of
 from basalt.model.projector import Projector
 from basalt.train import checkpoints, parallel
-from basalt.train.data import Batch, Dealer, Dealt, prepare
+from basalt.train.data import Batch, Dealer, Dealt, Source, prepare
 from basalt.train.environment import keep_environment
 from basalt.train.flops import FlopCounter, peak
 from basalt.train.optimizer import MasterAdamW, rate_factor
@@ -93,6 +93,7 @@ class Run:
         if recipe.passes_per_step % world:
             raise RecipeError(f"passes_per_step = {recipe.passes_per_step} cannot be shared by {world} processes alike")
         self.recipe, self.directory = recipe, directory
+        self.samples: list[Sample] = []
         self.device = parallel.device()
         self.lm = load_base_lm(recipe, self.device)
         template = (TEMPLATES / recipe.chat_template).read_text()
@@ -102,8 +103,9 @@ class Run:
         lm_dim = self.lm.config.hidden_size
         self.start = read_start(recipe, lm_dim)  # now: reading the data and computing features may take hours
         with parallel.leader_first():
-            sources = [prepare(source, recipe, self.tokenizer, stop) for source in recipe.data]
-            self.held_out = self._held_out(stop)
+            held_out = [] if recipe.held_out is None else [recipe.held_out]
+            sources = prepare([*recipe.data, *held_out], recipe, self.tokenizer, stop)
+        self.held_out = self._held_out(sources.pop()) if held_out else []
         self.dealer = Dealer(sources, recipe, pad_id=0)
         self.steps = recipe.total_steps(self.dealer.steps_per_epoch())
         self.standardizer = Standardizer(recipe.tower.width)
@@ -129,21 +131,18 @@ class Run:
             self.projector.load_state_dict(raw.state_dict())
 
     def _measure_features(self) -> None:
-        """Fits the standardizer to some 512 images of each data set; without images it leaves features as they are."""
-        caches = [source.features for source in self.dealer.sources if source.features is not None]
+        """Fits the standardizer to some 512 images of each folder or tar; without images it changes nothing."""
+        caches = {id(cache): cache for source in self.dealer.sources if (cache := source.features) is not None}
         sample = [
             feature.cpu()
-            for cache in caches
+            for cache in caches.values()
             for feature in cache.of(list(cache.rows)[:: max(len(cache.rows) // 512, 1)]).values()
         ]
         if sample:
             self.standardizer.measure(torch.stack(sample))
 
-    def _held_out(self, stop: Stop) -> list[Batch]:
-        self.samples: list[Sample] = []
-        if self.recipe.held_out is None:
-            return []
-        source = prepare(self.recipe.held_out, self.recipe, self.tokenizer, stop)
+    def _held_out(self, source: Source) -> list[Batch]:
+        """Its first rows as batches; the first questions about images become `samples`."""
         dealer = Dealer([source], self.recipe, pad_id=0)
         chosen = [group for group in source.groups if group.images][: self.recipe.samples]
         self.samples = [sample_of(group, dealer.features(group), self.tokenizer) for group in chosen]

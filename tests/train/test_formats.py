@@ -72,9 +72,10 @@ def _messages(url: str, answer: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
 
 
-def _prepared(stage1: Recipe, source: DataSource) -> Source:
+def _prepared(stage1: Recipe, *sources: DataSource) -> list[Source]:
     template = (TEMPLATES / stage1.chat_template).read_text()
-    return prepare(source, stage1, Tokenizer(make_tokenizer(), template, IMAGE_TOKEN_ID, stage1.tower.tokens))
+    tokenizer = Tokenizer(make_tokenizer(), template, IMAGE_TOKEN_ID, stage1.tower.tokens)
+    return prepare(sources, stage1, tokenizer)
 
 
 def _recipe(stage1: Recipe, source: DataSource) -> Recipe:
@@ -83,7 +84,7 @@ def _recipe(stage1: Recipe, source: DataSource) -> Recipe:
 
 @pytest.mark.parametrize("name", ["openai", "parquet", "webdataset"])
 def test_the_same_content_is_the_same_groups(stage1: Recipe, formats: dict[str, DataSource], name: str) -> None:
-    expected, found = (_prepared(stage1, formats[which]) for which in ("llava", name))
+    expected, found = (_prepared(stage1, formats[which])[0] for which in ("llava", name))
     assert len(found.groups) == 6
     assert [(group.prefix, group.branches) for group in found.groups] == [
         (group.prefix, group.branches) for group in expected.groups
@@ -121,4 +122,15 @@ def test_the_check_counts_as_training_does(stage1: Recipe, formats: dict[str, Da
         report = check_recipe(_recipe(stage1, source))
         assert report.problems == []
         assert report.epoch is not None
-        assert report.epoch.groups == len(_prepared(stage1, source).groups)
+        assert report.epoch.groups == len(_prepared(stage1, source)[0].groups)
+
+
+def test_rows_about_one_folder_share_its_features(stage1: Recipe, data: Path, tmp_path: Path) -> None:
+    whole, some = data / "captions.jsonl", tmp_path / "some.jsonl"
+    some.write_text("\n".join(whole.read_text().splitlines()[:2]))
+    sources = (DataSource(rows=rows, images=data / "images") for rows in (some, whole))
+    recipe = stage1.model_copy(update={"features": tmp_path / "features"})
+    fewer, all_of_them = _prepared(recipe, *sources)
+    assert fewer.features is all_of_them.features
+    assert len(list((tmp_path / "features").iterdir())) == 1
+    assert (len(fewer.groups), len(all_of_them.groups)) == (2, 6)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from basalt.data.readers.files import Images, ImageSource
 from basalt.data.readers.json_rows import JsonRows
-from basalt.data.readers.rows import INSIDE, DataError, Record, Row, Unusable, rows_of
+from basalt.data.readers.rows import DataError, Record, Row, Unusable, is_inside, rows_of
 from basalt.data.readers.tar_rows import TarRows
 
 PROMPTS = ("Describe the image.",)
@@ -56,14 +56,14 @@ class DataSet:
         return self._home(name).read(name)
 
     def _check_inside(self, row: Row) -> None:
-        outside = next((name for name in row.images if not name.startswith(INSIDE)), None)
+        outside = next((name for name in row.images if not is_inside(name)), None)
         if outside is not None:
             raise DataError(
                 f"{self.rows_path}, {row.where} names the image {outside!r}: name its folder or tar as `images`"
             )
 
     def _home(self, name: str) -> Images:
-        return self._inside if self._beside is None or name.startswith(INSIDE) else self._beside
+        return self._inside if self._beside is None or is_inside(name) else self._beside
 
 
 def read_rows(path: Path, prompts: Sequence[str] = PROMPTS) -> Iterator[Row | Unusable]:

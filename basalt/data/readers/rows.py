@@ -81,6 +81,11 @@ class _Turn(NamedTuple):
     weight: int = 1
 
 
+def is_inside(name: str) -> bool:
+    """Whether an image of this name is inside the files of the rows."""
+    return name.startswith(INSIDE)
+
+
 def rows_of(record: Record, prompt: str) -> Iterator[Row | Unusable]:
     """The rows of one record: several where it has several captions, each of them answering `prompt`."""
     try:
