@@ -27,15 +27,12 @@ from basalt.assistants import TowerSpec
 from basalt.data.grouping import Group, fill_rows, group_samples
 from basalt.data.packing import Packed, pack
 from basalt.data.preprocess import IGNORE, Sample
-from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.precision import dtype_of
 from basalt.model.projector import Projector
 from basalt.model.vision_encoder import VisionEncoder, transformer_encoder
 from basalt.train import parallel
 from basalt.train.flops import FlopCounter, peak
-from basalt.train.loop import compile_layers, made_ready, trainable
-from basalt.train.lora import add_lora
-from basalt.train.optimizer import MasterAdamW
+from basalt.train.loop import assemble, compile_layers, made_ready
 from basalt.train.recipe import DataSource, LoRA, Recipe
 
 GOALS = {"stage1": 0.40, "stage2": 0.45}
@@ -104,12 +101,7 @@ def measure(stage: str, rows: int, *, recompute: bool) -> dict[str, float]:
         base: Any = AutoModelForCausalLM.from_config(LM, dtype=dtype)
         tower: VisionEncoder = transformer_encoder(SPEC, SiglipVisionModel(TOWER)).to(device, dtype)
         projector = Projector(SPEC.width, recipe.projector_hidden, LM.hidden_size).to(device, dtype)
-    lm = made_ready(base, recipe, device)
-    lm = lm if recipe.lora is None else add_lora(lm, recipe.lora, None)
-    model = MultimodalLlama(None, projector, lm, IMAGE_TOKEN)
-    rates = [(trainable(projector), recipe.projector_learning_rate)]
-    rates += [] if recipe.lora is None else [(trainable(lm), recipe.lora.learning_rate)]
-    optimizer = MasterAdamW(rates, recipe.weight_decay)
+    model, optimizer = assemble(projector, made_ready(base, recipe, device), recipe)
     compile_layers(model.causal_lm.model.layers)
     batches = passes_of(stage, rows, WARM + TIMED)
     flops, began = FlopCounter(model), 0.0

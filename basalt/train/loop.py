@@ -22,6 +22,7 @@ from basalt.train import checkpoints, parallel
 from basalt.train.data import Batch, Dealer, Dealt, Source, prepare
 from basalt.train.environment import keep_environment
 from basalt.train.flops import FlopCounter, peak
+from basalt.train.lora import add_lora
 from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.phase import Phase
 from basalt.train.progress import Tally
@@ -301,6 +302,21 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         for option, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
             libc.mallopt(option, value)
+
+
+def assemble(
+    projector: Projector, lm: Any, recipe: Recipe, adapter: Path | None = None
+) -> tuple[MultimodalLlama, MasterAdamW]:
+    """The model and the optimizer of what is trained of it: the projector, and the LoRA where the recipe has one.
+
+    Args:
+        adapter: whose weights the LoRA begins with; None for a fresh one.
+    """
+    rates = [(trainable(projector), recipe.projector_learning_rate)]
+    if recipe.lora is not None:
+        lm = add_lora(lm, recipe.lora, adapter)
+        rates.append((trainable(lm), recipe.lora.learning_rate))
+    return MultimodalLlama(None, projector, lm, recipe.image_token_id), MasterAdamW(rates, recipe.weight_decay)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -15,8 +15,7 @@ from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.model.precision import dtype_of
 from basalt.model.projector import Projector
 from basalt.train import parallel
-from basalt.train.loop import COMPILE_FROM, compile_layers, keep_freed_memory, load_base_lm, trainable
-from basalt.train.lora import add_lora
+from basalt.train.loop import COMPILE_FROM, assemble, compile_layers, keep_freed_memory, load_base_lm
 from basalt.train.optimizer import MasterAdamW
 from basalt.train.recipe import Recipe
 
@@ -59,14 +58,10 @@ def _model(recipe: Recipe) -> tuple[MultimodalLlama, MasterAdamW]:
     lm = load_base_lm(recipe, device)
     projector = Projector(recipe.tower.width, recipe.projector_hidden, lm.config.hidden_size)
     projector.to(device, dtype_of(recipe.dtype, device))
-    rates = [(trainable(projector), recipe.projector_learning_rate)]
-    if recipe.lora is not None:
-        lm = add_lora(lm, recipe.lora, None)
-        rates.append((trainable(lm), recipe.lora.learning_rate))
-    model = MultimodalLlama(None, projector, lm, recipe.image_token_id)
+    model, optimizer = assemble(projector, lm, recipe)
     if recipe.steps is None or recipe.steps >= COMPILE_FROM:
         compile_layers(model.causal_lm.model.layers)
-    return model, MasterAdamW(rates, recipe.weight_decay)
+    return model, optimizer
 
 
 def _middling(recipe: Recipe, passes: list[Pass]) -> list[Pass]:

@@ -6,10 +6,8 @@ projector grounded first (see `basalt.train.grounding`).
 
 from pathlib import Path
 
-from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.train.grounding import Grounder
-from basalt.train.loop import Run, begun, trainable
-from basalt.train.optimizer import MasterAdamW
+from basalt.train.loop import Run, assemble, begun
 from basalt.train.recipe import Recipe, RecipeError
 from basalt.train.stop import Stop, never
 
@@ -27,6 +25,4 @@ def train_stage1(recipe: Recipe, directory: Path, stop: Stop = never) -> None:
         embeddings = run.lm.get_input_embeddings().weight.detach()
         grounder = Grounder(run.dealer.sources, recipe.tower, embeddings, run.tokenizer.tokenizer)
         grounder.train(run, recipe.grounding, stop)
-    model = MultimodalLlama(None, run.projector, run.lm, recipe.image_token_id)
-    optimizer = MasterAdamW([(trainable(run.projector), recipe.projector_learning_rate)], recipe.weight_decay)
-    run.train("stage 1", model, optimizer, stop)
+    run.train("stage 1", *assemble(run.projector, run.lm, recipe), stop)

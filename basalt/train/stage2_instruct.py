@@ -8,11 +8,8 @@ from pathlib import Path
 
 import torch
 
-from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.train import parallel
-from basalt.train.loop import Run, trainable
-from basalt.train.lora import add_lora
-from basalt.train.optimizer import MasterAdamW
+from basalt.train.loop import Run, assemble
 from basalt.train.recipe import Recipe, RecipeError
 from basalt.train.stop import Stop, never
 
@@ -29,12 +26,8 @@ def train_stage2(recipe: Recipe, directory: Path, stop: Stop = never) -> None:
         raise RecipeError("`grounding` belongs to stage 1")
     run = Run(recipe, directory, stop)
     torch.manual_seed(recipe.seed)  # the same LoRA in every process
-    lm = add_lora(run.lm, recipe.lora, None if run.start is None else run.start.adapter)
-    model = MultimodalLlama(None, run.projector, lm, recipe.image_token_id)
-    optimizer = MasterAdamW(
-        [(trainable(run.projector), recipe.projector_learning_rate), (trainable(lm), recipe.lora.learning_rate)],
-        recipe.weight_decay,
-    )
+    adapter = None if run.start is None else run.start.adapter
+    model, optimizer = assemble(run.projector, run.lm, recipe, adapter)
     run.train("stage 2", model, optimizer, stop)
     if parallel.rank_and_world()[0] == 0:
-        lm.save_pretrained(str(directory / "lora"))
+        model.lm.save_pretrained(str(directory / "lora"))
