@@ -1,5 +1,6 @@
 """Stops what `make up` started here, and waits until it has. Standard library only."""
 
+import argparse
 import os
 import signal
 import sys
@@ -25,4 +26,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help, and what is no option is refused
     main()

@@ -4,6 +4,7 @@ Each service is a process group of its own with its log in `var/log`. One that e
 after a pause that doubles while it keeps ending; the others are left alone.
 """
 
+import argparse
 import asyncio
 import os
 import shutil
@@ -200,4 +201,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()  # --help, and what is no option is refused
     main()

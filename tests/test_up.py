@@ -27,6 +27,13 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize("module", ["basalt.up", "basalt.down"])
+def test_asked_for_help_nothing_is_started_or_stopped(module: str) -> None:
+    assert "usage" in run("-m", module, "--help").stdout
+    refused = run("-m", module, "--now")
+    assert (refused.returncode, "unrecognized arguments: --now" in refused.stderr) == (2, True)
+
+
 def test_a_taken_port_is_named_with_the_variable_that_changes_it(taken: int, tmp_path: Path) -> None:
     result = run("-m", "basalt.up", BASALT_VAR=str(tmp_path), BASALT_UI_PORT=str(taken))
     assert result.returncode == 1
