@@ -39,7 +39,9 @@ class FeatureCache:
         shape = (len(self.rows), spec.tokens, spec.width)
         dtype = getattr(torch, index["dtype"])
         elements = shape[0] * shape[1] * shape[2]
-        self._features = torch.from_file(str(directory / FEATURES), size=elements, dtype=dtype).view(shape)
+        # Shared with the file: a private mapping, which may be written to, is refused where it is larger than memory.
+        file = str(directory / FEATURES)
+        self._features = torch.from_file(file, shared=True, size=elements, dtype=dtype).view(shape)
 
     def __contains__(self, name: str) -> bool:
         return name in self.rows
