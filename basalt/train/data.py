@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,11 +52,15 @@ def prepare(sources: Sequence[DataSource], recipe: Recipe, tokenizer: Tokenizer,
         Stopped: `stop` said so while features were computed.
     """
     readings = [_read(source, recipe, tokenizer) for source in sources]  # all, before the tower is run for hours
-    alike: dict[Path, list[_Reading]] = defaultdict(list)
+    names: dict[_Home, list[str]] = defaultdict(list)
     for reading in readings:
-        alike[reading.home].append(reading)
-    features = {home: _features([each.names for each in of], of[0].data, recipe, stop) for home, of in alike.items()}
+        names[reading.home] += reading.names
+    data = {reading.home: reading.data for reading in readings}
+    features = {home: _features(named, data[home], recipe, stop) for home, named in names.items()}
     return [_grouped(reading, features[reading.home], recipe) for reading in readings]
+
+
+_Home = tuple[Path | None, Path | None]  # where images are: the rows' files, if some are inside, and the place beside
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class _Reading:
     samples: Samples
     counts: Counts
     names: list[str]  # of its images
-    home: Path  # where they all are
+    home: _Home
 
 
 def _read(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> _Reading:
@@ -78,17 +81,16 @@ def _read(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> _Reading:
     samples = learnable(((row, tokenizer.sample(row.messages)) for row in rows), recipe.row_length, counts)
     counts.check()
     names = [name for row in rows for name in row.images]
-    beside = source.images is not None and not any(map(is_inside, names))
-    return _Reading(source, data, samples, counts, names, data.path if beside else source.rows)
+    home = source.rows if any(map(is_inside, names)) else None, source.images
+    return _Reading(source, data, samples, counts, names, home)
 
 
-def _features(names: list[list[str]], data: DataSet, recipe: Recipe, stop: Stop) -> FeatureCache | LiveFeatures | None:
-    named = list(chain.from_iterable(names))
-    if not named:
+def _features(names: list[str], data: DataSet, recipe: Recipe, stop: Stop) -> FeatureCache | LiveFeatures | None:
+    if not names:
         return None
     keep = recipe.keep_features if recipe.grounding is None else True  # grounding asks for each again and again
     dtype = dtype_of(recipe.dtype, parallel.device())
-    return tower_features(recipe.tower, data, named, recipe.features, dtype, keep=keep, epochs=recipe.epochs, stop=stop)
+    return tower_features(recipe.tower, data, names, recipe.features, dtype, keep=keep, epochs=recipe.epochs, stop=stop)
 
 
 def _grouped(reading: _Reading, features: FeatureCache | LiveFeatures | None, recipe: Recipe) -> Source:
