@@ -45,14 +45,12 @@ from transformers import (
 from basalt.assistants import TowerSpec
 from basalt.data.packing import Packed, pack
 from basalt.data.preprocess import TEMPLATES
-from basalt.model.multimodal_llama import MultimodalLlama
 from basalt.train import checkpoints
-from basalt.train.loop import Run, trainable
+from basalt.train.loop import Run, assemble
 from basalt.train.lora import LINEARS
-from basalt.train.optimizer import MasterAdamW
 from basalt.train.recipe import DataSource, LoRA, Recipe
 from basalt.train.stage2_instruct import train_stage2
-from basalt.train.stop import Stopped
+from basalt.train.stop import Stopped, never
 
 BATCH, VOCABULARY, LM_DIM, TOWER_DIM, TOKENS, SIDE = 4, 4096, 256, 192, 729, 384
 IMAGE_TOKEN = 3
@@ -170,9 +168,7 @@ def ours(directory: Path, *, lora: bool, keep: bool, steps: int) -> dict[str, An
             train_stage2(recipe, out, Turns(steps))
         else:
             run = Run(recipe, out)
-            model = MultimodalLlama(None, run.projector, run.lm, recipe.image_token_id)
-            optimizer = MasterAdamW([(trainable(run.projector), RATE)], 0.0)
-            run.train("stage 1", model, optimizer, Turns(steps))
+            run.train("stage 1", *assemble(run.projector, run.lm, recipe), Turns(steps))
     return {"first_loss": first_loss(directory, lora=lora)}
 
 
@@ -188,8 +184,7 @@ def first_loss(directory: Path, *, lora: bool) -> float:
     out = Path(tempfile.mkdtemp(dir=directory))
     recipe = recipe_of(directory, lora=lora, keep=True, steps=1)
     run = Run(recipe, out)
-    model = MultimodalLlama(None, run.projector, run.lm, recipe.image_token_id)
-    run.train("first", model, MasterAdamW([(trainable(run.projector), RATE)], 0.0), lambda: False)
+    run.train("first", *assemble(run.projector, run.lm, recipe), never)
     return json.loads((out / "log.jsonl").read_text().splitlines()[0])["loss"]
 
 
@@ -283,9 +278,7 @@ def packing(directory: Path, *, packed: bool, steps: int) -> dict[str, Any]:
             shown = [feature for group in chosen for feature in run.dealer.features(group)]
             rows = pack([[group] for group in chosen], max(map(len, chosen)), 0)
             passes.append((rows, torch.stack(shown) if shown else None))
-    lm = get_peft_model(run.lm, LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS))
-    model = MultimodalLlama(None, run.projector, lm, recipe.image_token_id)
-    optimizer = MasterAdamW([(trainable(run.projector), RATE), (trainable(lm), RATE)], 0.0)
+    model, optimizer = assemble(run.projector, run.lm, recipe)
     turns = Turns(steps)
     for rows, features in passes:
         seen = None if features is None else run.standardizer(features)
