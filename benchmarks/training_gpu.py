@@ -56,12 +56,12 @@ def conversation(stage: str, rng: random.Random) -> Sample:
         turns = [(0, rng.randint(8, 32))]
     else:
         turns = [(rng.randint(8, 24), rng.randint(2, 60)) for _ in range(10)]
-    sample = Sample([IMAGE_TOKEN] * SPEC.tokens, [IGNORE] * SPEC.tokens)
+    ids, labels = [IMAGE_TOKEN] * SPEC.tokens, [IGNORE] * SPEC.tokens
     for question, answer in turns:
-        ids = [rng.randrange(1000, 100_000) for _ in range(question + answer)]
-        sample.ids.extend(ids)
-        sample.labels.extend([IGNORE] * question + ids[question:])
-    return sample
+        said = [rng.randrange(1000, 100_000) for _ in range(question + answer)]
+        ids += said
+        labels += [IGNORE] * question + said[question:]
+    return Sample(ids, labels)
 
 
 def passes_of(stage: str, rows_per_pass: int, count: int) -> list[Packed]:

@@ -21,8 +21,10 @@ from basalt.data.images import ImageError, decode_image
 from basalt.data.preprocess import TEMPLATES, Tokenizer
 from basalt.data.readers import DataError, DataSet, Row
 from basalt.data.selection import TOO_LONG, UNLABELLED, Counts, learnable, usable, with_images
+from basalt.data.tokenising import tokenised
 from basalt.model.precision import dtype_of
 from basalt.train import parallel
+from basalt.train.features import bytes_of_one
 from basalt.train.recipe import DataSource, Recipe, RecipeError
 
 CHUNK = 256  # images read and decoded together
@@ -168,8 +170,8 @@ def _check_source(
     except DataError as error:
         report.problem = str(error)
         return []
-    tokenised = [(row, tokenizer.sample(row.messages)) for row in rows]
-    samples = learnable(tokenised, recipe.row_length, counts)
+    conversations = list(tokenised(rows, tokenizer))
+    samples = learnable(conversations, recipe.row_length, counts)
     names = sorted({name for row in rows for name in row.images})
     report.images, broken, contents = _check_images(data, names, decode)
     samples = with_images(samples, broken, counts)
@@ -178,7 +180,7 @@ def _check_source(
         DroppedRows(reason=reason, count=lost.count, examples=lost.examples) for reason, lost in counts.dropped.items()
     ]
     report.too_long, report.unlabelled = counts.count(TOO_LONG), counts.count(UNLABELLED)
-    report.tokens = _lengths([len(sample.ids) for _, sample in tokenised])
+    report.tokens = _lengths([len(sample.ids) for _, sample in conversations])
     report.duplicates = len(rows) - len({_fingerprint(row, contents) for row in rows})
     report.problem = counts.problem()
     return group_samples(((row.images, sample) for row, sample in samples), recipe.row_length, recipe.image_token_id)
@@ -261,7 +263,7 @@ def _memory(recipe: Recipe, images: int) -> MemoryEstimate | None:
     return MemoryEstimate(
         base_lm=size * sum(map(prod, shapes.values())),
         trained=(2 * size + MASTER_BYTES) * trained,
-        features_on_disk=size * images * recipe.tower.tokens * width,
+        features_on_disk=images * bytes_of_one(recipe.tower),
     )
 
 

@@ -8,7 +8,7 @@ where nothing is trained.
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from basalt.data.preprocess import IGNORE, Sample
@@ -22,7 +22,7 @@ class Group:
     """Conversations with a common unsupervised beginning. `images` name what its visual tokens show, in order."""
 
     images: tuple[str, ...]
-    prefix: list[int]
+    prefix: Sequence[int]
     branches: list[Sample] = field(default_factory=list)
 
     def __len__(self) -> int:

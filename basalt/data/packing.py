@@ -124,7 +124,7 @@ def pack(rows: list[list[Group]], length: int, pad_id: int) -> Packed:
             images += group.images
             begin, prefix_length = at, len(group.prefix)
             end = begin + len(group)
-            ids[r, begin:end] = torch.tensor(group.prefix + [token for b in group.branches for token in b.ids])
+            ids[r, begin:end] = torch.tensor([*group.prefix, *(token for b in group.branches for token in b.ids)])
             numbers[r, begin:end] = number
             positions[r, begin : begin + prefix_length] = torch.arange(prefix_length)
             at = begin + prefix_length

@@ -4,6 +4,8 @@
 assistant's text and its end token only: the template marks them with `{% generation %}`.
 """
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of one conversation; `labels[i]` is `ids[i]` where it is to be learned, else `IGNORE`."""
+    """Token ids of one conversation; `labels[i]` is `ids[i]` where it is to be learned, else `IGNORE`.
 
-    ids: list[int]
-    labels: list[int]
+    There are hundreds of thousands in memory, most of each the same visual token: they come as 32-bit arrays.
+    """
+
+    ids: Sequence[int]
+    labels: Sequence[int]
 
 
 class Tokenizer:
@@ -65,7 +70,7 @@ class Tokenizer:
             if len(spans) != len(answers):
                 raise ValueError(f"the chat template marks {len(spans)} of {len(answers)} answers: weights need all")
             spans = [span for span, answer in zip(spans, answers, strict=True) if answer.get("weight") != 0]
-        ids, labels = [], []
+        ids, labels = array("i"), array("i")
         for token, start, end in self._tokens(rendered, _images(messages)):
             # Not told by its offsets: some tokenizers trim spaces from them, and leave a lone space none.
             visual = token == self.image_token_id

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,9 +19,10 @@ from basalt.data.preprocess import Tokenizer
 from basalt.data.readers import DataSet, is_inside
 from basalt.data.scenes import Box
 from basalt.data.selection import Counts, Samples, learnable, usable, with_images
+from basalt.data.tokenising import tokenised
 from basalt.model.precision import dtype_of
 from basalt.train import parallel
-from basalt.train.features import FeatureCache, LiveFeatures, tower_features
+from basalt.train.features import FeatureCache, LiveFeatures, Tell, tower_features
 from basalt.train.recipe import DataSource, Recipe
 from basalt.train.stop import Stop, never
 
@@ -43,9 +45,18 @@ class Batch:
     features: Tensor | None  # [images, tokens, tower_dim], bf16, raw
 
 
-def prepare(sources: Sequence[DataSource], recipe: Recipe, tokenizer: Tokenizer, stop: Stop = never) -> list[Source]:
+def prepare(
+    sources: Sequence[DataSource],
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    stop: Stop = never,
+    tell: Callable[[int, int], None] = lambda seen, of: None,
+) -> list[Source]:
     """Reads, tokenises and groups data sets; computes their tower features if they are not cached, once for those
     that are about images of one folder or tar.
+
+    Args:
+        tell: is told how many images the tower has seen, of how many, while it runs.
 
     Raises:
         DataError: too many of the rows of one cannot be used; the message counts why.
@@ -56,7 +67,11 @@ def prepare(sources: Sequence[DataSource], recipe: Recipe, tokenizer: Tokenizer,
     for reading in readings:
         names[reading.home] += reading.names
     data = {reading.home: reading.data for reading in readings}
-    features = {home: _features(named, data[home], recipe, stop) for home, named in names.items()}
+    features: dict[_Home, FeatureCache | LiveFeatures | None] = {}
+    seen, of = 0, sum(len(set(named)) for named in names.values())
+    for home, named in names.items():
+        features[home] = _features(named, data[home], recipe, stop, partial(_tell_more, tell, seen, of))
+        seen += len(set(named))
     return [_grouped(reading, features[reading.home], recipe) for reading in readings]
 
 
@@ -78,19 +93,27 @@ class _Reading:
 def _read(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> _Reading:
     data, counts = DataSet(source.rows, source.images), Counts(source.rows)
     rows = usable(data.rows(source.prompts), counts)
-    samples = learnable(((row, tokenizer.sample(row.messages)) for row in rows), recipe.row_length, counts)
+    samples = learnable(tokenised(rows, tokenizer), recipe.row_length, counts)
     counts.check()
     names = [name for row in rows for name in row.images]
     home = source.rows if any(map(is_inside, names)) else None, source.images
     return _Reading(source, data, samples, counts, names, home)
 
 
-def _features(names: list[str], data: DataSet, recipe: Recipe, stop: Stop) -> FeatureCache | LiveFeatures | None:
+def _tell_more(tell: Callable[[int, int], None], before: int, of: int, seen: int) -> None:
+    tell(before + seen, of)
+
+
+def _features(
+    names: list[str], data: DataSet, recipe: Recipe, stop: Stop, tell: Tell
+) -> FeatureCache | LiveFeatures | None:
     if not names:
         return None
     keep = recipe.keep_features if recipe.grounding is None else True  # grounding asks for each again and again
-    dtype = dtype_of(recipe.dtype, parallel.device())
-    return tower_features(recipe.tower, data, names, recipe.features, dtype, keep=keep, epochs=recipe.epochs, stop=stop)
+    dtype, epochs = dtype_of(recipe.dtype, parallel.device()), recipe.epochs
+    return tower_features(
+        recipe.tower, data, names, recipe.features, dtype, keep=keep, epochs=epochs, stop=stop, tell=tell
+    )
 
 
 def _grouped(reading: _Reading, features: FeatureCache | LiveFeatures | None, recipe: Recipe) -> Source:

@@ -1,12 +1,15 @@
 """The frozen tower's features: computed once and kept, as its images come again, or each time, where they do not fit.
 
-A cache is one file of `[images, tokens, width]` in the precision of training, memory-mapped, and an index of the
-image names. While it is made, `BEGUN` tells how far it is: who is stopped or killed goes on from there.
+A cache is one file of `[images, tokens, width]`, memory-mapped, and an index of the image names. Features are bf16
+whatever training computes in: the rounding is far below what tells two images apart, and half the bytes are written,
+kept and read again. While a cache is made, `BEGUN` tells how far it is: who is stopped or killed goes on from there.
 """
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +29,13 @@ DECODERS = 8  # threads that decode images
 BATCH = 32  # images that the tower sees together
 INDEX, BEGUN, FEATURES = "index.json", "begun.json", "features"  # files of a cache
 MARK_EVERY = 16  # batches
+PRECISION = torch.bfloat16  # of features, kept or not
+
+Tell = Callable[[int], None]  # is told how many images were seen
+
+
+def untold(_: int) -> None:
+    pass
 
 
 class FeatureCache:
@@ -37,17 +47,15 @@ class FeatureCache:
         self.rows: dict[str, int] = index["rows"]
         self.broken: dict[str, str] = index["broken"]  # image name → why
         shape = (len(self.rows), spec.tokens, spec.width)
-        dtype = getattr(torch, index["dtype"])
-        elements = shape[0] * shape[1] * shape[2]
         # Shared with the file: a private mapping, which may be written to, is refused where it is larger than memory.
-        file = str(directory / FEATURES)
-        self._features = torch.from_file(file, shared=True, size=elements, dtype=dtype).view(shape)
+        file, elements = str(directory / FEATURES), math.prod(shape)
+        self._features = torch.from_file(file, shared=True, size=elements, dtype=PRECISION).view(shape)
 
     def __contains__(self, name: str) -> bool:
         return name in self.rows
 
     def __getitem__(self, name: str) -> Tensor:
-        """`[tokens, width]`."""
+        """`[tokens, width]`, bf16."""
         return self._features[self.rows[name]]
 
     def of(self, names: list[str]) -> dict[str, Tensor]:
@@ -56,7 +64,7 @@ class FeatureCache:
 
 
 class Tower:
-    """The tower over one data set's images, on the device that trains."""
+    """The tower over one data set's images, on the device that trains, computing in `dtype`."""
 
     def __init__(self, spec: TowerSpec, source: Images, dtype: torch.dtype) -> None:
         self._encoder = load_vision_encoder(spec).to(parallel.device(), dtype)
@@ -64,12 +72,12 @@ class Tower:
         self._pool = ThreadPoolExecutor(DECODERS)
 
     def see(self, names: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Features `[tokens, width]` by image name, and why those that have none cannot be decoded."""
+        """Features `[tokens, width]`, bf16, by image name, and why those that have none cannot be decoded."""
         pixels = dict(zip(names, self._pool.map(self._pixels, names), strict=True))
         good = {name: item for name, item in pixels.items() if isinstance(item, Tensor)}
         broken = {name: item for name, item in pixels.items() if isinstance(item, str)}
         stacks = [torch.stack(list(good.values())[at : at + BATCH]) for at in range(0, len(good), BATCH)]
-        features = [row for stack in stacks for row in self._encoder(stack)]
+        features = [row for stack in stacks for row in self._encoder(stack).to(PRECISION)]
         return dict(zip(good, features, strict=True)), broken
 
     def _pixels(self, name: str) -> Tensor | str:
@@ -124,26 +132,28 @@ def tower_features(
     keep: bool | None,
     epochs: float | None,
     stop: Stop = never,
+    tell: Tell = untold,
 ) -> FeatureCache | LiveFeatures:
     """Features of a data set's images, kept or computed each time; says which, and why.
 
     Args:
         keep: None decides: kept where they fit half of the disk that is free, and are needed more than once.
         epochs: how often each image is needed; None for often.
+        tell: is told how many images were seen, while they are.
 
     Raises:
         Stopped: `stop` said so while they were computed.
     """
     if keep is None:
         count = len(set(names))
-        size = count * spec.tokens * spec.width * dtype.itemsize
+        size = count * bytes_of_one(spec)
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
         keep = size <= free / 2 and (epochs is None or epochs > 1)
         why = f"{size / 2**30:.1f} GiB of {free / 2**30:.0f} GiB free, each needed {epochs or 'many'} times"
         print(f"{source.path.name}: features of {count} images {'kept' if keep else 'computed each time'} ({why})")
     if keep:
-        return cached_features(spec, source, names, root, dtype, stop)
+        return cached_features(spec, source, names, root, dtype, stop, tell)
     return LiveFeatures(spec, source, names, dtype)
 
 
@@ -154,6 +164,7 @@ def cached_features(
     root: Path,
     dtype: torch.dtype = torch.float32,
     stop: Stop = never,
+    tell: Tell = untold,
 ) -> FeatureCache:
     """Opens the cache for these images under `root`, computing it first where it is not there.
 
@@ -164,14 +175,19 @@ def cached_features(
         Stopped: `stop` said so; asked again, it goes on from there.
     """
     images = [(name, _size(source, name)) for name in sorted(set(names))]
-    about = {"tower": spec.model_dump(), "dtype": name_of(dtype)}
+    about = {"tower": spec.model_dump(), "computed in": name_of(dtype), "kept in": name_of(PRECISION)}
     directory = root / f"{source.path.stem}-{sha256(json.dumps([about, images]).encode())[7:23]}"
     if not (directory / INDEX).is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        row_bytes = spec.tokens * spec.width * dtype.itemsize
-        rows, broken = _compute(Tower(spec, source, dtype), [name for name, _ in images], directory, row_bytes, stop)
+        tower, of_one = Tower(spec, source, dtype), bytes_of_one(spec)
+        rows, broken = _compute(tower, [name for name, _ in images], directory, of_one, stop, tell)
         _write_whole(directory / INDEX, about | {"rows": rows, "broken": broken})
     return FeatureCache(directory)
+
+
+def bytes_of_one(spec: TowerSpec) -> int:
+    """What the features of an image take."""
+    return spec.tokens * spec.width * PRECISION.itemsize
 
 
 def _size(source: Images, name: str) -> int | None:
@@ -182,7 +198,7 @@ def _size(source: Images, name: str) -> int | None:
 
 
 def _compute(
-    tower: Tower, names: list[str], directory: Path, row_bytes: int, stop: Stop
+    tower: Tower, names: list[str], directory: Path, of_one: int, stop: Stop, tell: Tell
 ) -> tuple[dict[str, int], dict[str, str]]:
     """Writes the features of all images that can be decoded; returns their rows, and why the others cannot."""
     begun = directory / BEGUN
@@ -191,7 +207,7 @@ def _compute(
     broken: dict[str, str] = told["broken"]
     (directory / FEATURES).touch()
     with (directory / FEATURES).open("r+b") as file:
-        file.truncate(len(rows) * row_bytes)  # what was written since it was last told
+        file.truncate(len(rows) * of_one)  # what was written since it was last told
         file.seek(0, os.SEEK_END)
         starts = range(len(rows) + len(broken), len(names), BATCH)
         for number, at in enumerate(starts, 1):
@@ -200,6 +216,7 @@ def _compute(
             for name, feature in features.items():
                 file.write(feature.cpu().contiguous().view(torch.uint8).numpy().tobytes())
                 rows[name] = len(rows)
+            tell(len(rows) + len(broken))
             stopping = stop()
             if stopping or number % MARK_EVERY == 0:
                 file.flush()

@@ -25,7 +25,7 @@ from basalt.train.flops import FlopCounter, peak
 from basalt.train.lora import add_lora
 from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.phase import Phase
-from basalt.train.progress import Tally
+from basalt.train.progress import Looking, Tally
 from basalt.train.recipe import Recipe, RecipeError
 from basalt.train.samples import Sample, answers, sample_of
 from basalt.train.start import read_start
@@ -103,9 +103,9 @@ class Run:
         )
         lm_dim = self.lm.config.hidden_size
         self.start = read_start(recipe, lm_dim)  # now: reading the data and computing features may take hours
-        with parallel.leader_first():
+        with parallel.leader_first(), Looking(directory / "features") as tell:
             held_out = [] if recipe.held_out is None else [recipe.held_out]
-            sources = prepare([*recipe.data, *held_out], recipe, self.tokenizer, stop)
+            sources = prepare([*recipe.data, *held_out], recipe, self.tokenizer, stop, tell)
         self.held_out = self._held_out(sources.pop()) if held_out else []
         self.dealer = Dealer(sources, recipe, pad_id=0)
         self.steps = recipe.total_steps(self.dealer.steps_per_epoch())

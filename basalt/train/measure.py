@@ -3,7 +3,6 @@
 The tower is not run: its features are random numbers of the right shape, which take the LM just as long.
 """
 
-import resource
 import time
 
 import torch
@@ -17,6 +16,7 @@ from basalt.model.projector import Projector
 from basalt.train import parallel
 from basalt.train.loop import COMPILE_FROM, assemble, compile_layers, keep_freed_memory, load_base_lm
 from basalt.train.optimizer import MasterAdamW
+from basalt.train.progress import memory_held
 from basalt.train.recipe import Recipe
 
 WARM, TIMED = 2, 3
@@ -48,7 +48,7 @@ def measure_steps(recipe: Recipe, passes: list[Pass]) -> Measured:
         seconds_per_step=seconds,
         seconds=seconds * total,
         tokens_per_second=tokens / seconds,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory=memory_held(),
     )
 
 

@@ -1,7 +1,6 @@
 """What a phase tells as it goes: lines of JSON in `log.jsonl`, curves, a bar in a terminal."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -10,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from basalt.train import parallel
 from basalt.train.curves import open_curves
 
 EVERY = 20  # steps
+LOOKS_EVERY = 20.0  # seconds
 LOG = "log.jsonl"
 
 
@@ -89,7 +89,7 @@ class Telling:
         line |= {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds / max(self._steps, 1)}
         if self._at_peak:
             line["mfu"] = self._at_peak / seconds
-        line |= {"memory_gib": memory_gib(), **figures}
+        line |= {"memory_gib": memory_held() / 2**30, **figures}
         line = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in line.items()}
         for number, sample in enumerate(samples):
             text = f"{sample['question']}\n\n**{sample['answer']}**\n\n({sample['expected']})"
@@ -111,6 +111,42 @@ class Telling:
         self._sums, self._tokens, self._at_peak, self._steps, self._began = {}, 0, 0.0, 0, time.monotonic()
 
 
+class Looking:
+    """Told how many images the tower has seen: a bar in a terminal, and now and then a line of a log."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LOG
+        columns = (TextColumn("features"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, disable=not sys.stderr.isatty())
+        self._task: TaskID | None = None
+        self._told, self._told_at = 0, 0.0
+
+    def __enter__(self) -> "Looking":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, seen: int, of: int) -> None:
+        if self._task is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._bar.start()
+            self._task = self._bar.add_task("features", total=of)
+            self._told, self._told_at = seen, time.monotonic()  # a run that goes on has seen many before
+        self._bar.update(self._task, completed=seen)
+        seconds = time.monotonic() - self._told_at
+        if seconds < LOOKS_EVERY and seen < of:
+            return
+        line: dict[str, Any] = {"step": seen, "steps": of}
+        if seen > self._told:
+            line["images_per_second"] = float(f"{(seen - self._told) / seconds:.6g}")
+        with self.path.open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        if self._bar.disable:
+            print(f"features: {json.dumps(line)}", flush=True)
+        self._told, self._told_at = seen, time.monotonic()
+
+
 def read_log(directory: Path) -> list[dict[str, Any]]:
     """The lines of a phase's log; one that a killed process left unfinished is left out."""
     if not (directory / LOG).is_file():
@@ -124,8 +160,12 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def memory_gib() -> float:
-    """The most this process has held, on the GPU where it trains on one."""
+def memory_held() -> int:
+    """Bytes: the most that was held of the GPU, where it trains on one, else what this process holds now.
+
+    Files it reads in place are not counted: the system keeps of features in memory what there is room for.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))

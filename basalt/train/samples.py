@@ -35,8 +35,8 @@ def sample_of(group: Group, features: list[Tensor], tokenizer: Tokenizer) -> Sam
     branch = group.branches[0]
     first = next(i for i, label in enumerate(branch.labels) if label != IGNORE)
     after = next((i for i, label in enumerate(branch.labels) if i > first and label == IGNORE), len(branch.labels))
-    ids = group.prefix + branch.ids[:first]
-    answer = branch.ids[first:after]
+    ids = [*group.prefix, *branch.ids[:first]]
+    answer = list(branch.ids[first:after])
 
     def text(tokens: list[int]) -> str:
         return tokenizer.tokenizer.batch_decode([tokens], skip_special_tokens=True)[0].strip()

@@ -19,6 +19,7 @@ def lines(directory: Path, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
     """(phase, figures) of all phases in the order they are run."""
     for stage in plan.stages:
         for phase, folder in (
+            ("features", directory / stage.name / "features"),
             ("grounding", directory / stage.name / "grounding"),
             (stage.name, directory / stage.name),
         ):
@@ -28,6 +29,13 @@ def lines(directory: Path, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield phase, json.loads(text)
                 except json.JSONDecodeError:
                     break  # being written
+
+
+def told(phase: str, line: dict[str, Any]) -> str:
+    """A line of a log in words."""
+    if phase == "features":
+        return f"features: {line['step']} of {line['steps']} images"
+    return f"{phase}: step {line['step']} of {line['steps']}, training loss {line.get('loss', 0):.4f}"
 
 
 def estimated_finish(phase: str, line: dict[str, Any], plan: Plan) -> int | None:

@@ -219,10 +219,8 @@ class Attempt:
                     continue
                 self.told[phase] = line["step"]
                 figures = {name: value for name, value in line.items() if name not in ("seconds", "tokens")}
-                told = f"{phase}: step {line['step']} of {line['steps']}, training loss {line.get('loss', 0):.4f}"
-                jobs.add_event(
-                    session, self.job.id, told, data={"phase": phase, "train_loss": line.get("loss"), **figures}
-                )
+                data = {"phase": phase, "train_loss": line.get("loss"), **figures}
+                jobs.add_event(session, self.job.id, results.told(phase, line), data=data)
                 progress = {
                     "phase": phase,
                     **figures,

@@ -140,7 +140,7 @@ def test_the_rendering_is_chatml(tokenizer: Tokenizer) -> None:
 def test_the_prompt_is_where_the_sample_begins_to_be_learned(tokenizer: Tokenizer, name: str) -> None:
     *before, _ = messages = CONVERSATIONS[name]
     prompt, sample = tokenizer.prompt(before), tokenizer.sample(messages)
-    assert sample.ids[: len(prompt)] == prompt
+    assert list(sample.ids[: len(prompt)]) == prompt
     assert sample.labels[len(prompt) - 1] == IGNORE
     assert sample.labels[len(prompt)] != IGNORE
     assert sample.labels[len(prompt) :].count(END) == 1

@@ -22,7 +22,7 @@ def test_each_row_is_kept_or_counted_once() -> None:
     assert usable([*rows, Unusable("row 5", "not an object", "str")], counts) == rows
     lengths = [3, 9, 3, 3, 3]
     samples = [(row, Sample([7] * n, [7] * n)) for row, n in zip(rows, lengths, strict=True)]
-    samples[2][1].labels[:] = [IGNORE] * 3
+    samples[2] = rows[2], Sample([7] * 3, [IGNORE] * 3)
     kept = with_images(learnable(samples, 8, counts), {"3.jpg": "it is not there", "1.jpg": "broken"}, counts)
     assert [row for row, _ in kept] == [rows[0], rows[4]]
     assert counts.rows == 6

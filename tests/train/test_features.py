@@ -1,5 +1,6 @@
 """The cache of tower features: when it is known again, and what it does with images that are not there."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -56,7 +57,7 @@ def test_features_computed_each_time_are_those_that_are_kept(images: Path, tmp_p
         kept = cached_features(TOWER, ImageSource(images), names, tmp_path / "cache", dtype)
         live = LiveFeatures(TOWER, ImageSource(images), names, dtype)
         for name, features in live.of(names).items():
-            assert features.dtype == dtype
+            assert features.dtype == torch.bfloat16
             torch.testing.assert_close(features, kept[name])
 
 
@@ -102,16 +103,28 @@ def test_a_cache_that_was_stopped_or_killed_is_gone_on_with(
     names = [f"{number}.png" for number in range(7)]
     whole = cached_features(TOWER, ImageSource(images), names, tmp_path / "whole")
     asked = iter([False, True])
+    told: list[int] = []
     with pytest.raises(Stopped, match="4 of 7"):
-        cached_features(TOWER, ImageSource(images), names, tmp_path / "cache", stop=lambda: next(asked))
+        cached_features(
+            TOWER, ImageSource(images), names, tmp_path / "cache", stop=lambda: next(asked), tell=told.append
+        )
     (begun,) = (tmp_path / "cache").iterdir()
     with (begun / FEATURES).open("ab") as file:  # as a kill leaves it in the middle of a batch
         file.write(b"half a row")
     seen: list[str] = []
     decode = computing.decode_image
     monkeypatch.setattr(computing, "decode_image", lambda data: seen.append("one") or decode(data))
-    again = cached_features(TOWER, ImageSource(images), names, tmp_path / "cache")
+    again = cached_features(TOWER, ImageSource(images), names, tmp_path / "cache", tell=told.append)
+    assert told == [2, 4, 6, 7]
     assert len(seen) == 3  # the others were not computed again
     assert (again.rows, again.broken.keys()) == (whole.rows, {"3.png"})
     assert all(torch.equal(again[name], whole[name]) for name in whole.rows)
     assert sorted(path.name for path in begun.iterdir()) == [FEATURES, INDEX]
+
+
+def test_a_cache_larger_than_memory_can_be_read(tmp_path: Path) -> None:
+    spec = TOWER.model_copy(update={"tokens": 2**14, "width": 2**24})  # one image of 512 GiB, none of it on the disk
+    (tmp_path / INDEX).write_text(json.dumps({"tower": spec.model_dump(), "rows": {"red.png": 0}, "broken": {}}))
+    with (tmp_path / FEATURES).open("wb") as file:
+        file.truncate(2**39)
+    assert float(FeatureCache(tmp_path)["red.png"][-1, -1]) == 0
