@@ -2,15 +2,19 @@
 
 A cache is one file of `[images, tokens, width]`, memory-mapped, and an index of the image names. Features are bf16
 whatever training computes in: the rounding is far below what tells two images apart, and half the bytes are written,
-kept and read again. While a cache is made, `BEGUN` tells how far it is: who is stopped or killed goes on from there.
+kept and read again. The first process that needs a cache makes it, others wait. While it is made, `BEGUN` tells how
+far it is: who is stopped or killed goes on from there.
 """
 
+import fcntl
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,7 +31,7 @@ from basalt.train.stop import Stop, Stopped, never
 
 DECODERS = 8  # threads that decode images
 BATCH = 32  # images that the tower sees together
-INDEX, BEGUN, FEATURES = "index.json", "begun.json", "features"  # files of a cache
+INDEX, BEGUN, FEATURES, LOCK = "index.json", "begun.json", "features", "lock"  # files of a cache
 MARK_EVERY = 16  # batches
 PRECISION = torch.bfloat16  # of features, kept or not
 
@@ -137,7 +141,8 @@ def tower_features(
     """Features of a data set's images, kept or computed each time; says which, and why.
 
     Args:
-        keep: None decides: kept where they fit half of the disk that is free, and are needed more than once.
+        keep: None decides: kept where they fit half of the disk that is free, and are needed more than once; and where
+            they are there already, be it in part.
         epochs: how often each image is needed; None for often.
         tell: is told how many images were seen, while they are.
 
@@ -149,8 +154,10 @@ def tower_features(
         size = count * bytes_of_one(spec)
         root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(root).free
-        keep = size <= free / 2 and (epochs is None or epochs > 1)
+        begun = (_cache_of(spec, source, names, root, dtype) / FEATURES).is_file()  # by an earlier run, or beside this
+        keep = begun or (size <= free / 2 and (epochs is None or epochs > 1))
         why = f"{size / 2**30:.1f} GiB of {free / 2**30:.0f} GiB free, each needed {epochs or 'many'} times"
+        why = "some are there already" if begun else why
         print(f"{source.path.name}: features of {count} images {'kept' if keep else 'computed each time'} ({why})")
     if keep:
         return cached_features(spec, source, names, root, dtype, stop, tell)
@@ -174,15 +181,37 @@ def cached_features(
     Raises:
         Stopped: `stop` said so; asked again, it goes on from there.
     """
-    images = [(name, _size(source, name)) for name in sorted(set(names))]
-    about = {"tower": spec.model_dump(), "computed in": name_of(dtype), "kept in": name_of(PRECISION)}
-    directory = root / f"{source.path.stem}-{sha256(json.dumps([about, images]).encode())[7:23]}"
+    directory = _cache_of(spec, source, names, root, dtype)
     if not (directory / INDEX).is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        tower, of_one = Tower(spec, source, dtype), bytes_of_one(spec)
-        rows, broken = _compute(tower, [name for name, _ in images], directory, of_one, stop, tell)
-        _write_whole(directory / INDEX, about | {"rows": rows, "broken": broken})
+        with _alone(directory, stop):
+            if not (directory / INDEX).is_file():  # nor by who was waited for
+                tower, of_one = Tower(spec, source, dtype), bytes_of_one(spec)
+                rows, broken = _compute(tower, sorted(set(names)), directory, of_one, stop, tell)
+                _write_whole(directory / INDEX, {"tower": spec.model_dump(), "rows": rows, "broken": broken})
     return FeatureCache(directory)
+
+
+def _cache_of(spec: TowerSpec, source: Images, names: list[str], root: Path, dtype: torch.dtype) -> Path:
+    """Where the features of these images are kept."""
+    images = [(name, _size(source, name)) for name in sorted(set(names))]
+    about = {"tower": spec.model_dump(), "computed in": name_of(dtype), "kept in": name_of(PRECISION)}
+    return root / f"{source.path.stem}-{sha256(json.dumps([about, images]).encode())[7:23]}"
+
+
+@contextmanager
+def _alone(directory: Path, stop: Stop) -> Iterator[None]:
+    """Waits until no other process, of this run or of another, is at work on the cache."""
+    with (directory / LOCK).open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if stop():
+                    raise Stopped(f"stopped while another process computes {directory}") from None
+                time.sleep(0.2)
+        yield
 
 
 def bytes_of_one(spec: TowerSpec) -> int:

@@ -103,7 +103,7 @@ class Run:
         )
         lm_dim = self.lm.config.hidden_size
         self.start = read_start(recipe, lm_dim)  # now: reading the data and computing features may take hours
-        with parallel.leader_first(), Looking(directory / "features") as tell:
+        with Looking(directory / "features") as tell:
             held_out = [] if recipe.held_out is None else [recipe.held_out]
             sources = prepare([*recipe.data, *held_out], recipe, self.tokenizer, stop, tell)
         self.held_out = self._held_out(sources.pop()) if held_out else []

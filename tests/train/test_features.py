@@ -1,6 +1,9 @@
 """The cache of tower features: when it is known again, and what it does with images that are not there."""
 
+import fcntl
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +13,7 @@ from PIL import Image
 
 from basalt.data.readers import DataError, ImageSource
 from basalt.train import features as computing
-from basalt.train.features import FEATURES, INDEX, FeatureCache, LiveFeatures, cached_features, tower_features
+from basalt.train.features import FEATURES, INDEX, LOCK, FeatureCache, LiveFeatures, cached_features, tower_features
 from basalt.train.stop import Stopped
 from tests.train.conftest import TOWER
 
@@ -119,7 +122,7 @@ def test_a_cache_that_was_stopped_or_killed_is_gone_on_with(
     assert len(seen) == 3  # the others were not computed again
     assert (again.rows, again.broken.keys()) == (whole.rows, {"3.png"})
     assert all(torch.equal(again[name], whole[name]) for name in whole.rows)
-    assert sorted(path.name for path in begun.iterdir()) == [FEATURES, INDEX]
+    assert sorted(path.name for path in begun.iterdir()) == [FEATURES, INDEX, LOCK]
 
 
 def test_a_cache_larger_than_memory_can_be_read(tmp_path: Path) -> None:
@@ -128,3 +131,46 @@ def test_a_cache_larger_than_memory_can_be_read(tmp_path: Path) -> None:
     with (tmp_path / FEATURES).open("wb") as file:
         file.truncate(2**39)
     assert float(FeatureCache(tmp_path)["red.png"][-1, -1]) == 0
+
+
+def test_two_processes_that_need_the_same_features_compute_them_once(images: Path, tmp_path: Path) -> None:
+    for number in range(30):
+        Image.new("RGB", (64, 64), (8 * number, 0, 0)).save(images / f"{number}.png")
+    code = """
+import sys
+from pathlib import Path
+from basalt.data.readers import ImageSource
+from basalt.train.features import cached_features
+from tests.train.conftest import TOWER
+images, cache = map(Path, sys.argv[1:])
+names = [path.name for path in images.iterdir()]
+told = []
+features = cached_features(TOWER, ImageSource(images), names, cache, tell=told.append)
+print(told[-1] if told else 0, float(sum(features[name].float().sum() for name in sorted(names))))
+"""
+    command = [sys.executable, "-c", code, str(images), str(tmp_path / "cache")]
+    two = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    (seen, one), (others, other) = sorted(
+        (process.communicate(timeout=100)[0].split() for process in two), reverse=True
+    )
+    assert (seen, others) == ("32", "0")
+    assert one == other
+
+
+def test_who_waits_for_features_can_be_stopped(images: Path, tmp_path: Path) -> None:
+    cached_features(TOWER, ImageSource(images), ["red.png"], tmp_path / "cache")
+    (directory,) = (tmp_path / "cache").iterdir()
+    (directory / INDEX).unlink()
+    with (directory / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Stopped, match="another process computes"):
+            cached_features(TOWER, ImageSource(images), ["red.png"], tmp_path / "cache", stop=lambda: True)
+
+
+def test_features_that_were_begun_are_kept_though_the_disk_is_fuller_now(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached_features(TOWER, ImageSource(images), ["red.png"], tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    found = tower_features(TOWER, ImageSource(images), ["red.png"], tmp_path, torch.float32, keep=None, epochs=3)
+    assert isinstance(found, FeatureCache)
