@@ -78,7 +78,7 @@ def load_last(directory: Path, say: Callable[[str], None]) -> dict[str, Any] | N
     checkpoints = saved(directory)
     for checkpoint in reversed(checkpoints):
         if file_digest(checkpoint.path) == checkpoint.digest:
-            return torch.load(checkpoint.path, weights_only=True)
+            return torch.load(checkpoint.path, map_location="cpu", weights_only=True)  # it may be of a GPU
         say(f"{checkpoint.path} is damaged: its contents are not of the digest in its name; trying the one before")
     if checkpoints:
         raise CheckpointError(f"every checkpoint in {directory / 'checkpoints'} is damaged: remove them to start again")

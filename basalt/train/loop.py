@@ -59,6 +59,7 @@ class Standardizer(nn.Module):
 
 def keep_recipe(recipe: Recipe, path: Path) -> Recipe:
     """Writes the recipe of a run, its precision settled: by this machine when it begins, as it began when it goes on.
+    Of processes that train together the first writes, and the others read what it settled.
 
     Raises:
         RecipeError: the run was begun with another one, in more than how long it goes on.
@@ -73,7 +74,10 @@ def keep_recipe(recipe: Recipe, path: Path) -> Recipe:
         if changed:
             told = "; ".join(f"{name}: {before[name]} before, {now[name]} now" for name in changed)
             raise RecipeError(f"{path.parent} was begun with another recipe ({told}): name another directory")
-    path.write_text(recipe.model_dump_json(indent=2))
+    if parallel.rank_and_world()[0] == 0:
+        partial = path.with_suffix(".partial")
+        partial.write_text(recipe.model_dump_json(indent=2))
+        partial.replace(path)
     return recipe
 
 
