@@ -14,6 +14,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
+from basalt.train.recipe import load_recipe
 from tests.deploy.conftest import K8S, OVERLAYS, READS, ROOT, Manifest, kustomized, manifests, settings_fields
 
 WORKLOADS = ("Deployment", "StatefulSet", "Job")
@@ -219,14 +220,49 @@ def test_the_overlays(cluster: list[Manifest]) -> None:
     assert not scaled & set(named(keda, "ScaledObject"))  # two that scale one would fight
 
 
-def test_the_train_job_runs_what_there_is() -> None:
-    documents = manifests((OVERLAYS / "gpu/trainjob.yaml").read_text())
-    job, runtime = named(documents, "TrainJob")["stage2"], named(documents, "TrainingRuntime")["basalt"]
+def test_hub_ids_are_folders_of_the_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pod of the GPU overlay reaches the hub: a hub id is looked up from the working directory, nothing else is."""
+    monkeypatch.setenv("BASALT_DATA", "/data")
+    recipes = [load_recipe(path) for path in ROOT.glob("recipes/*-siglip/stage?.yaml")]
+    ids = {str(recipe.base_lm) for recipe in recipes} | {recipe.tower.id for recipe in recipes}
+    assert len(ids) == 3 and not any(Path(each).is_absolute() for each in ids)
+    gpu = kustomized(OVERLAYS / "gpu")
+    for name in ("vision", "trainer", "worker"):
+        container = dict(pods(gpu))[name]["spec"]["containers"][0]
+        assert container["workingDir"] == "/models"
+        assert {"name": "models", "mountPath": "/models", "readOnly": True} in container["volumeMounts"]
+        told = variables(container, gpu)
+        fields = settings_fields(READS[name])
+        places = [variable for variable, field in fields.items() if isinstance(field.default, Path)]
+        if name == "trainer":  # the others are its worker's
+            places = ["BASALT_TRAINER_RECIPES", "BASALT_MODELS_DIR"]
+        assert places and all(str(told[each]).startswith("/") for each in places)
+    base_lm = variables(dict(pods(gpu))["llm"]["spec"]["containers"][0], gpu)["BASALT_BASE_LM_DIR"]
+    assert str(base_lm).removeprefix("/models/") in ids
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_the_train_job_runs_what_there_is(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = manifests((OVERLAYS / "gpu/trainjob.yaml").read_text().replace("stage2", stage))  # as it says
+    job, runtime = named(documents, "TrainJob")[stage], named(documents, "TrainingRuntime")["basalt"]
     command = job["spec"]["trainer"]["command"]
-    assert command[:5] == ["torchrun", "-m", "basalt.cli", "train", "stage2"]
+    assert command[:5] == ["torchrun", "-m", "basalt.cli", "train", stage]
     done = subprocess.run([sys.executable, "-m", *command[2:5], "--help"], cwd=ROOT, capture_output=True, timeout=120)
     assert done.returncode == 0
     assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    pod = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    node = pod["containers"][0]
+    for each in node["env"]:
+        monkeypatch.setenv(each["name"], each["value"])
+    path, out = Path(command[5]), Path(command[7])
+    recipe = load_recipe(ROOT / path.relative_to("/app"))
+    assert recipe.passes_per_step % (job["spec"]["trainer"]["numNodes"] * job["spec"]["trainer"]["numProcPerNode"]) == 0
+    # The root is read-only: what is written, and read, lies below the working directory, on a volume.
+    assert {"name": "models", "mountPath": node["workingDir"]} in node["volumeMounts"]
+    rows = [source.rows for source in recipe.data]
+    for each in [recipe.base_lm, Path(recipe.tower.id), recipe.features, out, *rows]:
+        assert (Path(node["workingDir"]) / each).is_relative_to(node["workingDir"])
+    assert recipe.start in (None, Path(str(out).replace("stage2", "stage1")))
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["new", "there"])
