@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,14 +115,22 @@ def _client() -> Iterator[Any]:
 
 
 def _watch(client: Any, job: str) -> None:
+    """Tells a job's events until it ends; exits with 1 unless it has succeeded."""
     import httpx
 
-    url = f"{client.base_url}fine_tuning/jobs/{job}/events?stream=true"
-    with httpx.stream("GET", url, timeout=None, headers={"Authorization": f"Bearer {client.api_key}"}) as live:
-        for line in live.iter_lines():
-            if line.startswith("data: {"):
-                event = json.loads(line.removeprefix("data: "))
-                typer.echo(event["message"])
+    url, key = f"{client.base_url}fine_tuning/jobs/{job}/events", {"Authorization": f"Bearer {client.api_key}"}
+    asked, ended = {"stream": "true"}, False
+    while not ended:
+        client.fine_tuning.jobs.retrieve(job)  # or its refusal is told
+        with suppress(httpx.TransportError), httpx.stream("GET", url, params=asked, timeout=None, headers=key) as live:
+            for line in live.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    asked["after"] = event["id"]
+                    typer.echo(event["message"])
+                ended |= line == "data: [DONE]"
+    if client.fine_tuning.jobs.retrieve(job).status != "succeeded":
+        raise typer.Exit(1)
 
 
 def _wishes(stages: tuple[str, ...], fields: list[str]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ itself. Rows of groups are filled first-fit. All of it is lists and numbers: no 
 where nothing is trained.
 """
 
+import hashlib
 import random
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +51,7 @@ def group_samples(
         samples: the names of its images in order, and the conversation: at most `max_length` tokens, some of them
             learned. Nothing is cut: a cut could fall inside an image or leave nothing to learn.
     """
-    alike: dict[tuple[tuple[str, ...], tuple[int, ...]], list[Sample]] = defaultdict(list)
+    alike: dict[tuple[tuple[str, ...], bytes], list[Sample]] = defaultdict(list)
     groups: list[Group] = []
     for images, sample in samples:
         seen = _to_last_image(sample, image_token_id)
@@ -62,12 +64,12 @@ def group_samples(
     return groups
 
 
-def _to_last_image(sample: Sample, image_token_id: int) -> tuple[int, ...] | None:
-    """The tokens up to the last visual one; None where there is none, or something is learned before it."""
+def _to_last_image(sample: Sample, image_token_id: int) -> bytes | None:
+    """A digest of the tokens up to the last visual one; None where there is none, or something is learned before it."""
     last = max((i for i, token in enumerate(sample.ids) if token == image_token_id), default=-1)
     if last < 0 or any(label != IGNORE for label in sample.labels[: last + 1]):
         return None
-    return tuple(sample.ids[: last + 1])
+    return hashlib.sha256(array("i", sample.ids[: last + 1]).tobytes()).digest()
 
 
 def _share_prefix(images: tuple[str, ...], members: list[Sample], max_length: int) -> list[Group]:

@@ -42,6 +42,18 @@ def get_file(session: Session, file_id: str, owner: str = "") -> File:
     return file
 
 
+def accepted_file(session: Session, file_id: str) -> File:
+    """One that a job named when it was accepted: deleted since or not, the job may need it.
+
+    Raises:
+        NoSuchFile: there never was one of this id.
+    """
+    file = session.get(File, file_id)
+    if file is None:
+        raise NoSuchFile(f"there is no file {file_id!r}")
+    return file
+
+
 def list_files(
     session: Session,
     owner: str = "",

@@ -148,19 +148,23 @@ def metrics(session: Session, job_id: str) -> list[dict[str, Any]]:
 def ask(session: Session, job_id: str, wanted: Literal["run", "pause", "cancel"]) -> Job:
     """Has a job run, paused or cancelled: at once where nobody works on it, else by its worker, soon.
 
+    One that has failed may be run again: it goes on from its last checkpoint.
+
     Raises:
         NoSuchJob: there is none of this id.
         NotPossible: it has ended already.
     """
     at_rest = {"run": "queued", "pause": "paused", "cancel": "cancelled"}[wanted]
-    resting = Job.status.in_(("queued", "paused"))
+    resting = Job.status.not_in(AT_WORK)
+    over = ("succeeded", "cancelled") if wanted == "run" else ENDED
     changed = session.execute(
         update(Job)
-        .where(Job.id == job_id, Job.status.not_in(ENDED))
+        .where(Job.id == job_id, Job.status.not_in(over))
         .values(
             wanted=wanted,
             status=case((resting, at_rest), else_=Job.status),
             finished_at=case((resting, now()), else_=None) if wanted == "cancel" else None,
+            error=None,
             sent_at=None,
             attempts=0,
         )
@@ -227,6 +231,31 @@ def release(session: Session, job: Job, status: Status, **values: Any) -> None:
     _write(session, job, status=status, worker=None, leased_until=None, sent_at=None, **ended, **values)
 
 
+def put_down(session: Session, job: Job, *, pause: bool = False, **values: Any) -> Status:
+    """Gives a lease back and leaves the job as it is wanted by now: queued, paused or cancelled, which is returned.
+
+    Args:
+        pause: it cannot go on until somebody resumes it.
+
+    Raises:
+        LeaseLost: it is not ours any more.
+    """
+    running: Status = "paused" if pause else "queued"
+    wanted = {"wanted": case((Job.wanted == "run", "pause"), else_=Job.wanted)} if pause else {}
+    _write(
+        session,
+        job,
+        status=case((Job.wanted == "cancel", "cancelled"), (Job.wanted == "pause", "paused"), else_=running),
+        finished_at=case((Job.wanted == "cancel", now()), else_=None),
+        worker=None,
+        leased_until=None,
+        sent_at=None,
+        **wanted,
+        **values,
+    )
+    return get(session, job.id).status  # type: ignore[return-value]
+
+
 def add_checkpoint(session: Session, job: Job, checkpoint: Checkpoint) -> None:
     """Records a checkpoint that is in the object store.
 
@@ -237,9 +266,14 @@ def add_checkpoint(session: Session, job: Job, checkpoint: Checkpoint) -> None:
     session.add(checkpoint)
 
 
-def last_checkpoint(session: Session, job_id: str, stage: str) -> Checkpoint | None:
+def checkpoints(session: Session, job_id: str, stage: str) -> list[Checkpoint]:
+    """Those of a stage that are in the object store, the oldest first."""
     of_stage = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.stage == stage)
-    return session.scalars(of_stage.order_by(Checkpoint.step.desc(), Checkpoint.number.desc()).limit(1)).first()
+    return list(session.scalars(of_stage.order_by(Checkpoint.step, Checkpoint.number)))
+
+
+def last_checkpoint(session: Session, job_id: str, stage: str) -> Checkpoint | None:
+    return next(reversed(checkpoints(session, job_id, stage)), None)
 
 
 def _write(session: Session, job: Job, **values: Any) -> None:

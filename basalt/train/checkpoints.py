@@ -85,6 +85,16 @@ def load_last(directory: Path, say: Callable[[str], None]) -> dict[str, Any] | N
     return None
 
 
+def is_complete(directory: Path) -> bool:
+    """Whether a stage was trained to its end.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all of them are damaged.
+    """
+    state = load_last(directory, print)
+    return state is not None and state["step"] == state.get("steps")
+
+
 def learned(directory: Path) -> dict[str, Any]:
     """The last checkpoint of a run: `projector` and `standardizer`, float32, and what its training needed besides.
 

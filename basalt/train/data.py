@@ -161,9 +161,14 @@ class Dealer:
         passes = [self._passes[(begin + at) % len(self._passes)] for at in range(size)]
         rank, world = parallel.rank_and_world()
         return Dealt(
-            [self.batch(rows) for rows in passes[rank::world]],
+            [self.batch(part) for rows in passes[rank::world] for part in self._parts(rows)],
             sum(group.supervised() for rows in passes for row in rows for group in row),
         )
+
+    def _parts(self, rows: Pass) -> list[Pass]:
+        """What of a pass is run through the model at once."""
+        size = -(-len(rows) // self.recipe.split)
+        return [rows[at : at + size] for at in range(0, len(rows), size)]
 
     def batch(self, rows: Pass) -> Batch:
         """Rows of groups as tensors, with the features of their images in order."""

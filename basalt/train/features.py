@@ -6,15 +6,12 @@ kept and read again. The first process that needs a cache makes it, others wait.
 far it is: who is stopped or killed goes on from there.
 """
 
-import fcntl
 import json
 import math
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,11 +24,12 @@ from basalt.data.selection import MAX_DROPPED
 from basalt.model.precision import name_of
 from basalt.model.vision_encoder import load_vision_encoder
 from basalt.train import parallel
+from basalt.train.alone import alone
 from basalt.train.stop import Stop, Stopped, never
 
 DECODERS = 8  # threads that decode images
 BATCH = 32  # images that the tower sees together
-INDEX, BEGUN, FEATURES, LOCK = "index.json", "begun.json", "features", "lock"  # files of a cache
+INDEX, BEGUN, FEATURES = "index.json", "begun.json", "features"  # files of a cache
 MARK_EVERY = 16  # batches
 PRECISION = torch.bfloat16  # of features, kept or not
 
@@ -184,7 +182,7 @@ def cached_features(
     directory = _cache_of(spec, source, names, root, dtype)
     if not (directory / INDEX).is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        with _alone(directory, stop):
+        with alone(directory, stop):
             if not (directory / INDEX).is_file():  # nor by who was waited for
                 tower, of_one = Tower(spec, source, dtype), bytes_of_one(spec)
                 rows, broken = _compute(tower, sorted(set(names)), directory, of_one, stop, tell)
@@ -197,21 +195,6 @@ def _cache_of(spec: TowerSpec, source: Images, names: list[str], root: Path, dty
     images = [(name, _size(source, name)) for name in sorted(set(names))]
     about = {"tower": spec.model_dump(), "computed in": name_of(dtype), "kept in": name_of(PRECISION)}
     return root / f"{source.path.stem}-{sha256(json.dumps([about, images]).encode())[7:23]}"
-
-
-@contextmanager
-def _alone(directory: Path, stop: Stop) -> Iterator[None]:
-    """Waits until no other process, of this run or of another, is at work on the cache."""
-    with (directory / LOCK).open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if stop():
-                    raise Stopped(f"stopped while another process computes {directory}") from None
-                time.sleep(0.2)
-        yield
 
 
 def bytes_of_one(spec: TowerSpec) -> int:

@@ -5,15 +5,21 @@ and where the job was refused, `refusal.json` tells why.
 """
 
 import errno
+import os
 import shutil
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from basalt.train.plan import PLAN, PUBLISHED, REFUSAL, Plan, Refusal
+from basalt.train.stop import Stop
 
-DONE, REFUSED, NO_ROOM, STOPPED = 0, 3, 4, 75
+DONE, REFUSED, NO_ROOM, NO_MEMORY, STOPPED = 0, 3, 4, 5, 75
+CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # what torch says there, as a RuntimeError
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(directory: Path) -> int:
@@ -22,56 +28,65 @@ def main(directory: Path) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
     import torch  # after the handlers stand: it takes seconds
+    from safetensors import SafetensorError
 
+    from basalt.train.alone import alone
+    from basalt.train.checkpoints import CheckpointError
     from basalt.train.stop import Stopped
 
     plan = Plan.model_validate_json((directory / PLAN).read_text())
+    at: list[str] = []  # the stages begun
     try:
-        run(plan, directory, asked.is_set)
+        # A worker that was killed may have left a process here, which stops when it is done with what it is at.
+        with alone(directory, asked.is_set):
+            run(plan, directory, asked.is_set, at.append)
     except Stopped as stopped:
         print(stopped, flush=True)
         return STOPPED
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return refuse(directory, "out_of_memory", f"{smaller(plan)} ({str(error).splitlines()[0]})")
-    except (ValueError, FileNotFoundError) as error:  # ours all are: DataError, RecipeError, ImageError, …
-        return refuse(directory, "invalid_training_job", str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (
+        ValueError,
+        FileNotFoundError,
+        CheckpointError,
+    ) as error:  # ours all are: DataError, RecipeError, ImageError, …
+        return refuse(directory, REFUSED, "invalid_training_job", str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and CPU_ALLOCATOR not in str(error):
             raise
-        return refuse(directory, "disk_full", f"no room left for a checkpoint in {directory}: {error}", NO_ROOM)
+        return refuse(directory, NO_MEMORY, "out_of_memory", (str(error) or "MemoryError").splitlines()[0], at[-1])
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in NO_SPACE
+        if not full and os.strerror(errno.ENOSPC) not in str(error):  # safetensors tells it in words
+            raise
+        return refuse(directory, NO_ROOM, "disk_full", f"no room left in {directory}: {error}")
     return DONE
 
 
-def run(plan: Plan, directory: Path, stop) -> None:
+def run(plan: Plan, directory: Path, stop: Stop, begin: Callable[[str], None]) -> None:
+    """The stages that are left, and publishing. `begin` is told the stage that is begun."""
+    from basalt.train.checkpoints import is_complete
     from basalt.train.publish import publish
     from basalt.train.stage1_align import train_stage1
     from basalt.train.stage2_instruct import train_stage2
 
+    last = plan.stages[-1].name
     for stage in plan.stages:
+        begin(stage.name)
+        out = directory / stage.name
+        if stage.name != last and is_complete(out):
+            continue  # its data need not be read again
         if stage.name == "stage1":
-            train_stage1(stage.recipe, directory / stage.name, stop)
+            train_stage1(stage.recipe, out, stop)
         else:
             start = stage.recipe.start or directory / "stage1"
-            train_stage2(stage.recipe.model_copy(update={"start": start}), directory / stage.name, stop)
+            train_stage2(stage.recipe.model_copy(update={"start": start}), out, stop)
     shutil.rmtree(directory / PUBLISHED, ignore_errors=True)
-    publish(directory / plan.stages[-1].name, plan.name, directory / PUBLISHED, plan.lineage)
+    publish(directory / last, plan.name, directory / PUBLISHED, plan.lineage)
 
 
-def smaller(plan: Plan) -> str:
-    """What would need less memory and learn the same."""
-    recipe = plan.stages[-1].recipe
-    rows, passes = recipe.rows_per_pass, recipe.passes_per_step
-    if rows == 1:
-        return "out of memory with one row at a time: set recompute or quantize, or a shorter row_length"
-    return (
-        f"out of memory with rows_per_pass = {rows}: {rows // 2} rows with passes_per_step = {passes * 2} are the same"
-        " batch and need about half the memory for activations"
-    )
-
-
-def refuse(directory: Path, code: str, message: str, status: int = REFUSED) -> int:
+def refuse(directory: Path, status: int, code: str, message: str, stage: str = "") -> int:
     print(f"{code}: {message}", file=sys.stderr, flush=True)
-    (directory / REFUSAL).write_text(Refusal(code=code, message=message).model_dump_json())
+    with suppress(OSError):  # on a full disk
+        (directory / REFUSAL).write_text(Refusal(code=code, message=message, stage=stage).model_dump_json())
     return status
 
 

@@ -32,3 +32,4 @@ class Refusal(BaseModel):
 
     code: str
     message: str
+    stage: str = ""  # where it was out of memory

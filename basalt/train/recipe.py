@@ -71,6 +71,7 @@ class Recipe(_Part):
     steps: int | None = Field(default=None, gt=0)
     epochs: float | None = Field(default=None, gt=0)  # instead of steps: how often all data is seen
     rows_per_pass: int = Field(gt=0)  # run through the model together; fits memory
+    split: int = Field(default=1, gt=0)  # parts that a pass is run in where memory is short: the batch stays the same
     passes_per_step: int = Field(default=1, gt=0)  # whose gradients are added up
     row_length: int = Field(gt=0)  # tokens
     warmup: float = Field(default=0.03, ge=0, lt=1)  # share of steps

@@ -26,7 +26,7 @@ from basalt.record.database import Sessions
 from basalt.record.evals import get_eval
 from basalt.record.files import NoSuchFile
 from basalt.record.jobs import Job, LeaseLost
-from basalt.work.lease import Lease, Outcome
+from basalt.work.lease import AT_REST, Lease, Outcome
 from services.evaluator.data import Data
 from services.evaluator.schema import EvalRequest, RunRequest
 from services.evaluator.settings import Settings
@@ -78,7 +78,7 @@ class Attempt:
             LeaseLost: the run is not ours any more.
         """
         if self.lease.wanted != "run":
-            return self._at_rest()
+            return AT_REST
         if self.job.attempts > jobs.MAX_ATTEMPTS:
             message = f"given up: it ended {jobs.MAX_ATTEMPTS} times in a row without a new answer"
             return self._failed("attempts_exhausted", message)
@@ -88,7 +88,7 @@ class Attempt:
             if self.lease.lost:
                 raise LeaseLost(f"run {self.job.id} is no longer this worker's")
             if result.stopped and self._interrupted():
-                return self._at_rest()
+                return AT_REST
             if result.stopped:
                 return self._again(result.stopped)
             with tracing.span("publish"):
@@ -177,11 +177,6 @@ class Attempt:
         scores = {name: result.scores[name] for name in told if name in result.scores}
         values = {"result": {"files": names, "scores": scores, "counts": _counts(result)}, "progress": self.progress}
         return "succeeded", values, f"Done: {scores['status']} {scores['why']}".strip()
-
-    def _at_rest(self) -> Outcome:
-        if self.lease.wanted == "cancel":
-            return "cancelled", {}, "Cancelled"
-        return "queued", {"attempts": 0}, "Its worker was stopped; it goes on with another"
 
     def _failed(self, code: str, message: str) -> Outcome:
         return "failed", {"error": {"code": code, "message": message}}, message

@@ -13,11 +13,11 @@ from basalt.object_store import ObjectStore
 from basalt.record import jobs
 from basalt.record.database import Sessions
 from basalt.record.files import get_file
-from basalt.record.jobs import Checkpoint, Event, Job
+from basalt.record.jobs import ENDED, Checkpoint, Event, Job
 from basalt.work.dispatch import Dispatcher
 from basalt.work.events import live
-from services.trainer.resolve import find_in, plan
-from services.trainer.schema import JobRequest, checkpoint_object, event_object, job_object
+from services.trainer.resolve import find_in, plan, recipes_of
+from services.trainer.schema import RECIPES, JobRequest, checkpoint_object, event_object, job_object
 from services.trainer.settings import KIND, Settings
 from services.trainer.start import find_version, is_job
 
@@ -42,16 +42,32 @@ def router(settings: Settings, sessions: Sessions, store: ObjectStore, dispatche
                 wanted, parent = find_version(wanted, session, store, settings.models_dir)
             elif wanted is not None:
                 parent = jobs.get(session, wanted)
+                if parent.status not in ENDED and "stage2" not in str(parent.progress.get("phase")):
+                    raise jobs.NotPossible(
+                        f"job {wanted} is {parent.status} and its stage 1 not at its end: wait for that, or cancel it "
+                        "to go on from where it is"
+                    )
                 if jobs.last_checkpoint(session, wanted, "stage1") is None:
                     raise jobs.NotPossible(
                         f"job {wanted} has no checkpoint of stage 1 to go on from; where it published a version, "
                         "'start' takes that"
                     )
             start = None if wanted is None else Path(wanted)
-            recipes, features = settings.recipes, settings.features
-            plan(request, job_id="", recipes=recipes, features=features, find=there, start=start, parent=parent)
-            # The version that is meant now: an alias may point elsewhere when the job's turn comes.
-            job = jobs.create(session, KIND, request.model_copy(update={"start": wanted}).model_dump(mode="json"))
+            accepted = recipes_of(request, settings.recipes)
+            plan(
+                request,
+                job_id="",
+                recipes=settings.recipes,
+                accepted=accepted,
+                features=settings.features,
+                find=there,
+                start=start,
+                parent=parent,
+            )
+            # The version that is meant now: an alias may point elsewhere when the job's turn comes. So may a recipe be
+            # another one.
+            meant = request.model_copy(update={"start": wanted}).model_dump(mode="json")
+            job = jobs.create(session, KIND, meant | {RECIPES: accepted})
             made = job_object(jobs.get(session, job.id))
         dispatcher.send(job.id)
         return made

@@ -23,6 +23,7 @@ from services.trainer.schema import DataSpec, Hyperparameters, JobRequest, Stage
 
 # Of a recipe, not a client's to say: they are the server's files, or follow from the job.
 OWN = {"base_lm", "tower", "image_token_id", "projector_hidden", "features", "data", "held_out", "start"}
+Recipes = dict[str, dict[str, Any]]  # as they stand in their files, by stage
 OPENAI = ("n_epochs", "batch_size", "learning_rate_multiplier")
 
 
@@ -31,6 +32,7 @@ def plan(
     *,
     job_id: str,
     recipes: Path,
+    accepted: Recipes,
     features: Path,
     find: Callable[[str], Path],
     start: Path | None,
@@ -39,6 +41,8 @@ def plan(
     """The plan of a job.
 
     Args:
+        recipes: today's, of all models.
+        accepted: those that the job is done by.
         find: the path of an uploaded file, by its id, or of one under the data root.
         start: the run of stage 1, or the assistant's directory, that a job of stage 2 alone goes on from; with both
             stages it is this job's own run.
@@ -47,24 +51,20 @@ def plan(
     Raises:
         APIError: (400) what cannot be, and what could.
     """
-    known = sorted(path.parent.name for path in recipes.glob("*/stage2.yaml"))
-    if request.model not in known:
-        raise bad_request(
-            f"'model' is what is trained: one of {', '.join(known)}; {request.model!r} is not",
-            "model",
-            "model_not_found",
-        )
     named = request.method.stages()
     if (start is not None) != (request.method.type == "stage2"):
         raise bad_request(
             "'start' belongs to a method of type 'stage2', and that needs one: a stage 1 job or an assistant", "start"
         )
     if named[-1][0] == "stage2" and not isinstance(parent, Manifest):
-        _check_start(request.model, None if parent is None else parent.request["model"], recipes)
+        _check_start(request.model, None if parent is None else parent.request["model"], recipes, accepted)
     stages = []
     for name, spec in named:
-        recipe = yaml.safe_load((recipes / request.model / f"{name}.yaml").read_text())
-        recipe |= {"features": str(features), "data": _data(request, name, spec, find), "held_out": None}
+        recipe = accepted[name] | {
+            "features": str(features),
+            "data": _data(request, name, spec, find),
+            "held_out": None,
+        }
         recipe.pop("grounding", None) if not any(source.get("boxes") for source in recipe["data"]) else None
         if request.validation_file is not None:
             recipe["held_out"] = _source(DataSpec(rows=request.validation_file, images=request.images_file), find)
@@ -84,12 +84,33 @@ def plan(
     return Plan(name=request.suffix or job_id, stages=stages, lineage=lineage)
 
 
-def _check_start(model: str, parent: str | None, recipes: Path) -> None:
+def recipes_of(request: JobRequest, recipes: Path) -> Recipes:
+    """The recipes of what is to be trained, by stage.
+
+    Raises:
+        APIError: (400) there are none of this name.
+    """
+    known = sorted(path.parent.name for path in recipes.glob("*/stage2.yaml"))
+    if request.model not in known:
+        raise bad_request(
+            f"'model' is what is trained: one of {', '.join(known)}; {request.model!r} is not",
+            "model",
+            "model_not_found",
+        )
+    return {name: _read(recipes / request.model / f"{name}.yaml") for name, _ in request.method.stages()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def _check_start(model: str, parent: str | None, recipes: Path, accepted: Recipes) -> None:
     """Sees that stage 2 of the recipe `model` can go on from stage 1 of `parent`, or without one from its own."""
-    first, second = recipes / (parent or model) / "stage1.yaml", recipes / model / "stage2.yaml"
-    if not first.is_file():  # it is gone since: the projector itself is looked at before training starts
+    path = recipes / (parent or model) / "stage1.yaml"
+    first = accepted["stage1"] if parent is None else _read(path) if path.is_file() else None
+    if first is None:  # it is gone since: the projector itself is looked at before training starts
         return
-    before, wanted = (_widths(yaml.safe_load(path.read_text())) for path in (first, second))
+    before, wanted = _widths(first), _widths(accepted["stage2"])
     if before[:2] != wanted[:2] or (before[2] != wanted[2] and None not in (before[2], wanted[2])):
         raise bad_request(
             f"the projector to start from was trained as {parent or model!r}, of widths {_written(before)} "
@@ -153,11 +174,13 @@ def _wishes(request: JobRequest, name: str, asked: Hyperparameters, recipe: dict
     epochs, batch, rate = (getattr(older if getattr(asked, field) == "auto" else asked, field) for field in OPENAI)
     if request.seed is not None:
         wishes["seed"] = request.seed
-    if "steps" not in extra:
+    if "steps" in extra or "epochs" in extra:  # one takes the place of the other
+        wishes = {"steps": None, "epochs": None} | wishes
+    else:
         wishes |= {"steps": None, "epochs": 1.0 if epochs == "auto" else epochs}
     if batch != "auto":
-        rows = min(recipe["rows_per_pass"], batch)
-        wishes |= {"rows_per_pass": rows, "passes_per_step": max(round(batch / rows), 1)}
+        rows = next((rows for rows in range(min(recipe["rows_per_pass"], batch), 0, -1) if batch % rows == 0), batch)
+        wishes |= {"rows_per_pass": rows, "passes_per_step": batch // max(rows, 1)}
     if rate != "auto":
         wishes["projector_learning_rate"] = (
             wishes.get("projector_learning_rate", recipe["projector_learning_rate"]) * rate

@@ -15,26 +15,30 @@ from basalt.train.plan import PLAN, Plan
 COLUMNS = ["phase", "step", "loss", "held_out_loss", "learning_rate", "tokens_per_second"]
 
 
+def phases(plan: Plan) -> Iterator[tuple[str, str]]:
+    """All phases in the order they are run, and their directories in the job's."""
+    for stage in plan.stages:
+        yield f"{stage.name} features", f"{stage.name}/features"
+        if stage.name == "stage1":
+            yield "grounding", "stage1/grounding"
+        yield stage.name, stage.name
+
+
 def lines(directory: Path, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
     """(phase, figures) of all phases in the order they are run."""
-    for stage in plan.stages:
-        for phase, folder in (
-            ("features", directory / stage.name / "features"),
-            ("grounding", directory / stage.name / "grounding"),
-            (stage.name, directory / stage.name),
-        ):
-            path = folder / "log.jsonl"
-            for text in path.read_text().splitlines() if path.is_file() else []:
-                try:
-                    yield phase, json.loads(text)
-                except json.JSONDecodeError:
-                    break  # being written
+    for phase, folder in phases(plan):
+        path = directory / folder / "log.jsonl"
+        for text in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                yield phase, json.loads(text)
+            except json.JSONDecodeError:
+                break  # being written
 
 
 def told(phase: str, line: dict[str, Any]) -> str:
     """A line of a log in words."""
-    if phase == "features":
-        return f"features: {line['step']} of {line['steps']} images"
+    if phase.endswith("features"):
+        return f"{phase}: {line['step']} of {line['steps']} images"
     return f"{phase}: step {line['step']} of {line['steps']}, training loss {line.get('loss', 0):.4f}"
 
 

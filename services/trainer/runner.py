@@ -11,36 +11,43 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from basalt import tracing
 from basalt.api_errors import APIError
 from basalt.object_store import ObjectStore, StoreUnavailable
 from basalt.record import jobs
 from basalt.record.database import Sessions
-from basalt.record.files import File, get_file
+from basalt.record.files import File, accepted_file
 from basalt.record.jobs import Checkpoint, Job, LeaseLost
 from basalt.registry import publish
 from basalt.supervisor import end_with_parent
-from basalt.train.job import DONE, NO_ROOM, REFUSED, STOPPED
+from basalt.train.job import DONE, NO_MEMORY, NO_ROOM, NO_SPACE, REFUSED, STOPPED
 from basalt.train.plan import PLAN, PUBLISHED, REFUSAL, Plan, Refusal
-from basalt.work.lease import Lease, Outcome, work_on
+from basalt.work.lease import AT_REST, UNREACHABLE, Lease, Outcome, work_on
 from services.trainer import results
-from services.trainer.resolve import find_in, plan
-from services.trainer.schema import JobRequest
+from services.trainer.disk import tidy
+from services.trainer.resolve import find_in, plan, recipes_of
+from services.trainer.schema import RECIPES, request_of
 from services.trainer.settings import Settings
 from services.trainer.start import bring_version, is_job
 
 log = logging.getLogger("basalt.trainer")
 
+T = TypeVar("T")
+
 TICK = 0.5  # seconds
-CHECKPOINTS_KEPT = 3  # of a stage, in the object store
+CHECKPOINTS_KEPT = 3  # of a stage, in the object store; the best by held-out loss is kept besides
 LOG = "training.log"
 RESULTS = "fine-tune-results"  # purpose of the files that a job leaves
+
+
+class ToRest(Exception):
+    """The job was asked to rest while it waited for something that is gone."""
 
 
 class Runner:
@@ -59,6 +66,7 @@ class Runner:
 
     def do(self, job_id: str) -> None:
         """Does a job if nobody else does, and leaves the state of record saying what came of it."""
+        tidy(self.settings.work.resolve(), self.sessions)
         work_on(self.sessions, job_id, self.name, lambda job, lease: Attempt(self, job, lease).outcome())
 
 
@@ -75,11 +83,21 @@ class Attempt:
 
     def outcome(self) -> Outcome:
         """Does it; returns the job's status now, values to write with it, and the event that tells."""
-        if self.lease.wanted != "run":
-            return self._at_rest()
+        if self._to_rest():
+            return AT_REST
         if self.job.attempts > jobs.MAX_ATTEMPTS:
-            message = f"given up: it ended {jobs.MAX_ATTEMPTS} times in a row without a new checkpoint"
+            message = f"given up: it ended {jobs.MAX_ATTEMPTS} times in a row and got no further"
             return self._failed("attempts_exhausted", message)
+        try:
+            return self._done()
+        except ToRest:
+            return AT_REST
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            return self._no_room(str(error))
+
+    def _done(self) -> Outcome:
         self.directory.mkdir(parents=True, exist_ok=True)
         try:
             with tracing.span("prepare"):
@@ -96,39 +114,58 @@ class Attempt:
         if code == DONE:
             with tracing.span("publish"):
                 return self._with_patience(lambda: self._publish(prepared))
-        if code == STOPPED or (code < 0 and (self.lease.wanted != "run" or self.stopping())):  # it, or we, ended it
-            return self._at_rest()
-        if code in (REFUSED, NO_ROOM) and (self.directory / REFUSAL).is_file():
-            refusal = Refusal.model_validate_json((self.directory / REFUSAL).read_text())
-            if code == NO_ROOM:
-                return "paused", {"wanted": "pause"}, f"{refusal.message}. Make room, then resume the job"
+        if code == STOPPED or (code < 0 and self._to_rest()):  # it, or we, ended it
+            return AT_REST
+        path = self.directory / REFUSAL
+        refusal = Refusal.model_validate_json(path.read_text()) if path.is_file() else None
+        if code == NO_ROOM:
+            return self._no_room(self._last_words() if refusal is None else refusal.message)
+        if code == NO_MEMORY and refusal is not None:
+            return self._with_less_memory(prepared, refusal)
+        if code == REFUSED and refusal is not None:
             return self._failed(refusal.code, refusal.message)
         return "queued", {}, f"The training process ended with {_told(code)}; it is tried again. {self._last_words()}"
 
-    def _at_rest(self) -> Outcome:
-        if self.lease.wanted == "cancel":
-            return "cancelled", {}, "Cancelled"
-        if self.lease.wanted == "pause":
-            return "paused", {}, "Paused; resumed, it goes on from its checkpoint"
-        return "queued", {"attempts": 0}, "Its worker was stopped; it goes on from its checkpoint with another"
+    def _to_rest(self) -> bool:
+        return self.lease.wanted != "run" or self.stopping()
 
     def _failed(self, code: str, message: str) -> Outcome:
         files = [] if not (self.directory / LOG).is_file() else self._with_patience(self._result_files)
         error = {"code": code, "message": message, "param": None}
         return "failed", {"error": error, "result": {"files": files}}, f"Failed: {message}"
 
+    def _no_room(self, message: str) -> Outcome:
+        return "paused", {}, f"{message}. Make room on {self.job.worker}, then resume the job"
+
+    def _with_less_memory(self, prepared: Plan, refusal: Refusal) -> Outcome:
+        """Again from the last checkpoint, each pass in twice as many parts, as long as there are rows to part."""
+        recipe = next(stage.recipe for stage in prepared.stages if stage.name == refusal.stage)
+        parts = 2 * recipe.split
+        if parts > recipe.rows_per_pass:
+            message = (
+                f"out of memory with one row at a time ({refusal.message}): set recompute or quantize, or a shorter"
+            )
+            return self._failed(refusal.code, f"{message} row_length")
+        request = self.job.request
+        recipes = request[RECIPES] | {refusal.stage: request[RECIPES][refusal.stage] | {"split": parts}}
+        message = (
+            f"{refusal.stage} ran out of memory ({refusal.message}). It goes on from its last checkpoint with passes "
+            f"of {recipe.rows_per_pass} rows in {parts} parts each: the same batch, learned the same"
+        )
+        return "queued", {"request": request | {RECIPES: recipes}, "attempts": 0}, message
+
     # Before
 
     def _prepare(self) -> Plan:
         """The plan, with the files it needs on this machine, and the last checkpoints where they are not."""
-        request = JobRequest.model_validate(self.job.request)
+        request = request_of(self.job)
         files = self.settings.work.resolve() / "files"
 
         def fetched(name: str) -> Path:
             if not name.startswith("file-"):
                 return find_in(self.settings.data_root, name)
             with self.sessions() as session:
-                file = get_file(session, name)
+                file = accepted_file(session, name)
             path = files / file.digest.removeprefix("sha256:") / file.filename
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,38 +180,40 @@ class Attempt:
         elif request.start is not None:
             with self.sessions() as session:
                 parent = jobs.get(session, request.start)
-            start = self.settings.work.resolve() / request.start / "stage1"
+            start = self.directory / "start"
             self._restore(request.start, "stage1", start)
         prepared = plan(
             request,
             job_id=self.job.id,
             recipes=self.settings.recipes,
+            accepted=self.job.request.get(RECIPES) or recipes_of(request, self.settings.recipes),
             features=self.settings.features,
             find=fetched,
             start=start,
             parent=parent,
         )
-        for stage in prepared.stages:
-            self._restore(self.job.id, stage.name, self.directory / stage.name)
+        for phase, folder in results.phases(prepared):
+            self.kept[phase] = self._restore(self.job.id, phase, self.directory / folder)
         return prepared
 
-    def _restore(self, job_id: str, stage: str, directory: Path) -> None:
+    def _restore(self, job_id: str, stage: str, directory: Path) -> int:
+        """Brings the last checkpoint in the object store, unless a later one is here; returns its step, 0 for none."""
         with self.sessions() as session:
             checkpoint = jobs.last_checkpoint(session, job_id, stage)
         if checkpoint is None:
-            return
+            return 0
         path = directory / "checkpoints" / Path(checkpoint.key).name
         steps = [int(each.name[5:13]) for each in path.parent.glob("step-*.pt")]
         if not steps or max(steps) < checkpoint.step:
             path.parent.mkdir(parents=True, exist_ok=True)
             asyncio.run(self.store.get_file(checkpoint.key, path))
-        self.kept[stage] = checkpoint.step
+        return checkpoint.step
 
     # Meanwhile
 
     def _train(self, prepared: Plan) -> int:
         """Runs the training process to its end, or until it is to stop; returns its exit code."""
-        self.lease.renew(status="running")
+        self.lease.insist(lambda: self.lease.renew(status="running"))
         with (self.directory / LOG).open("ab") as output, ThreadPoolExecutor(1) as carrier:
             process = subprocess.Popen(
                 [sys.executable, "-m", "basalt.train.job", str(self.directory)],
@@ -190,11 +229,12 @@ class Attempt:
             try:
                 while process.poll() is None:
                     time.sleep(TICK)
-                    if self.lease.lost:
-                        raise LeaseLost(f"job {self.job.id} is no longer this worker's")
-                    self._read_logs(prepared)
-                    carried = carrier.submit(self._carry, prepared) if carried is None or carried.done() else carried
-                    if self.lease.wanted != "run" or self.stopping():
+                    if not self.lease.lost:
+                        with self._heard("its figures wait"):
+                            self._read_logs(prepared)
+                        if carried is None or carried.done():
+                            carried = carrier.submit(self._try_to_carry, prepared)
+                    if self.lease.lost or self._to_rest():
                         if asked is None:
                             asked = time.monotonic()
                             process.send_signal(signal.SIGTERM)
@@ -204,20 +244,26 @@ class Attempt:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-            self._read_logs(prepared)
             if carried is not None:
                 carried.result()
-            self._with_patience(lambda: self._carry(prepared))
+            if self.lease.lost:
+                raise LeaseLost(f"job {self.job.id} is no longer this worker's")
+            self.lease.insist(lambda: self._read_logs(prepared))
+            try:
+                self._with_patience(lambda: self._carry(prepared), resting=self.settings.stop_seconds)
+            except ToRest:
+                self.tell(f"The object store is gone: what it learned last is on {self.job.worker} alone", "warn")
         return process.returncode
 
     def _read_logs(self, prepared: Plan) -> None:
         """Tells new figures as events, and the last as the job's progress."""
         progress: dict[str, Any] | None = None
+        told = dict(self.told)
         with self.sessions.begin() as session:
             for phase, line in results.lines(self.directory, prepared):
-                if line["step"] <= self.told.get(phase, 0):
+                if line["step"] <= told.get(phase, 0):
                     continue
-                self.told[phase] = line["step"]
+                told[phase] = line["step"]
                 figures = {name: value for name, value in line.items() if name not in ("seconds", "tokens")}
                 data = {"phase": phase, "train_loss": line.get("loss"), **figures}
                 jobs.add_event(session, self.job.id, results.told(phase, line), data=data)
@@ -226,29 +272,56 @@ class Attempt:
                     **figures,
                     "estimated_finish": results.estimated_finish(phase, line, prepared),
                 }
+        self.told = told
         if progress is not None:
-            self.lease.renew(progress=progress)
+            self.lease.renew(progress=progress, attempts=0)  # it gets on: how it ended before does not count
+
+    def _try_to_carry(self, prepared: Plan) -> None:
+        with self._heard("its checkpoint waits"):
+            self._carry(prepared)
+
+    @contextmanager
+    def _heard(self, so: str) -> Iterator[None]:
+        """What is gone for a while is asked again later."""
+        try:
+            yield
+        except (StoreUnavailable, *UNREACHABLE) as error:
+            log.warning("job %s: %s; %s", self.job.id, error, so)
 
     def _carry(self, prepared: Plan) -> None:
-        """Brings new checkpoints to the object store; while that is down they wait."""
-        for stage in prepared.stages:
-            for path in sorted((self.directory / stage.name / "checkpoints").glob("step-*.pt")):
+        """Brings new checkpoints to the object store, and takes old ones away.
+
+        Raises:
+            StoreUnavailable: it cannot be asked.
+            LeaseLost: the job is not ours any more.
+        """
+        for phase, folder in results.phases(prepared):
+            for path in sorted((self.directory / folder / "checkpoints").glob("step-*.pt")):
                 step = int(path.name[5:13])
-                if step <= self.kept.get(stage.name, 0):
+                if step <= self.kept.get(phase, 0):
                     continue
-                key = f"jobs/{self.job.id}/{stage.name}/{path.name}"
+                key = f"jobs/{self.job.id}/{folder}/{path.name}"
                 try:
                     asyncio.run(self.store.put_file(key, path))
                 except FileNotFoundError:  # a newer one took its place
                     continue
-                except StoreUnavailable as error:
-                    log.warning("job %s: %s; its checkpoint waits", self.job.id, error)
-                    return
-                self.kept[stage.name] = step
-                metrics = results.metrics_at(self.directory / stage.name, step)
-                checkpoint = Checkpoint(job_id=self.job.id, stage=stage.name, step=step, key=key, metrics=metrics)
+                metrics = results.metrics_at(self.directory / folder, step)
+                checkpoint = Checkpoint(job_id=self.job.id, stage=phase, step=step, key=key, metrics=metrics)
                 with self.sessions.begin() as session:
                     jobs.add_checkpoint(session, self.job, checkpoint)
+                self.kept[phase] = step
+                self._prune(phase)
+
+    def _prune(self, phase: str) -> None:
+        with self.sessions() as session:
+            kept = jobs.checkpoints(session, self.job.id, phase)
+        measured = [each for each in kept if "full_valid_loss" in each.metrics]
+        best = min(measured, key=lambda each: each.metrics["full_valid_loss"], default=None)
+        for old in kept[:-CHECKPOINTS_KEPT]:
+            if old is not best:
+                asyncio.run(self.store.delete(old.key))
+                with self.sessions.begin() as session:
+                    session.delete(old)
 
     # After
 
@@ -272,27 +345,38 @@ class Attempt:
         return ids
 
     def tell(self, message: str, level: str = "info") -> None:
-        with self.sessions.begin() as session:
-            jobs.add_event(session, self.job.id, message, level=level)
+        def write() -> None:
+            with self.sessions.begin() as session:
+                jobs.add_event(session, self.job.id, message, level=level)
 
-    def _with_patience(self, work: Callable[[], Any]) -> Any:
+        self.lease.insist(write)
+
+    def _with_patience(self, work: Callable[[], T], *, resting: float = 0.0) -> T:
         """Does what needs the object store, waiting for it where it is gone; the lease is kept meanwhile.
 
+        Args:
+            resting: seconds that it is waited for on, once the job was asked to rest; none where it was cancelled.
+
         Raises:
+            ToRest: the job was asked to rest, and it is still gone.
             LeaseLost: the job is not ours any more.
         """
-        pause, told = 1.0, False
+        pause, asked, told = 1.0, 0.0, False
         while True:
             try:
-                return work()
+                return self.lease.insist(work)
             except StoreUnavailable as error:
                 if not told:
                     self.tell(f"{error}; waiting for it", "warn")
                     told = True
                 if self.lease.lost:
                     raise LeaseLost(f"job {self.job.id} is no longer this worker's") from error
+                if self._to_rest():
+                    asked = asked or time.monotonic()
+                    if self.lease.wanted == "cancel" or time.monotonic() - asked >= resting:
+                        raise ToRest from error
                 time.sleep(pause)
-                pause = min(pause * 2, 15.0)
+                pause = min(pause * 2, 5.0)
 
     def _last_words(self) -> str:
         lines = (self.directory / LOG).read_text(errors="replace").strip().splitlines()

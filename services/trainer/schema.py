@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from basalt.record.jobs import Checkpoint, Event, Job
 
+RECIPES = "recipes"  # of a job's record: those it was accepted with, by stage; files of the server may change since
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -70,6 +71,11 @@ class JobRequest(_Request):
     seed: int | None = Field(default=None, ge=0, lt=2**31)
     metadata: dict[str, str] | None = None
     integrations: list[dict[str, Any]] | None = None
+
+
+def request_of(job: Job) -> JobRequest:
+    """What was asked for, without the recipes that are kept beside it."""
+    return JobRequest.model_validate({name: value for name, value in job.request.items() if name != RECIPES})
 
 
 def job_object(job: Job) -> dict[str, Any]:

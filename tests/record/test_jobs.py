@@ -92,6 +92,42 @@ def test_a_resting_job_obeys_at_once_and_a_running_one_by_its_worker(sessions: S
         jobs.ask(session, "ftjob-0", "run")
 
 
+def test_what_was_asked_last_holds_when_a_job_is_put_down(sessions: Sessions) -> None:
+    job_id = made(sessions)
+    job = claimed(sessions, job_id)
+    assert job is not None
+    with sessions.begin() as session:
+        jobs.ask(session, job_id, "pause")
+        assert jobs.renew(session, job) == "pause"
+        jobs.ask(session, job_id, "run")  # its worker knows of the pause alone
+        assert jobs.put_down(session, job) == "queued"
+    job = claimed(sessions, job_id)
+    assert job is not None
+    with sessions.begin() as session:
+        assert jobs.put_down(session, job, pause=True) == "paused"
+        assert jobs.get(session, job_id).wanted == "pause"
+        assert jobs.ask(session, job_id, "run").status == "queued"
+    job = claimed(sessions, job_id)
+    assert job is not None
+    with sessions.begin() as session:
+        jobs.ask(session, job_id, "cancel")
+        assert jobs.put_down(session, job, pause=True) == "cancelled"
+        assert jobs.get(session, job_id).finished_at is not None
+
+
+def test_a_job_that_failed_may_be_run_again(sessions: Sessions) -> None:
+    job_id = made(sessions)
+    job = claimed(sessions, job_id)
+    assert job is not None
+    with sessions.begin() as session:
+        jobs.release(session, job, "failed", error={"code": "x", "message": "y", "param": None})
+    with pytest.raises(NotPossible, match="has failed"), sessions.begin() as session:
+        jobs.ask(session, job_id, "cancel")
+    with sessions.begin() as session:
+        again = jobs.ask(session, job_id, "run")
+        assert (again.status, again.error, again.finished_at) == ("queued", None, None)
+
+
 def test_events_come_in_order_and_once(sessions: Sessions) -> None:
     job_id = made(sessions)
     with sessions.begin() as session:
@@ -125,9 +161,9 @@ def test_whatever_happens_a_job_is_never_lost_nor_worked_on_twice(sessions: Sess
                     jobs.renew(session, holder)
                 elif action == "release" and holder is not None:
                     wanted = jobs.get(session, job_id).wanted
-                    at_rest = {"run": "queued", "pause": "paused", "cancel": "cancelled"}[wanted]
-                    jobs.release(session, holder, at_rest)  # type: ignore[arg-type]
-                    ended = at_rest == "cancelled"
+                    left = jobs.put_down(session, holder)
+                    assert left == {"run": "queued", "pause": "paused", "cancel": "cancelled"}[wanted]
+                    ended = left == "cancelled"
                     holder = None
                 elif action in ("run", "pause", "cancel"):
                     job = jobs.ask(session, job_id, action)  # type: ignore[arg-type]

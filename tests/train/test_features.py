@@ -13,7 +13,8 @@ from PIL import Image
 
 from basalt.data.readers import DataError, ImageSource
 from basalt.train import features as computing
-from basalt.train.features import FEATURES, INDEX, LOCK, FeatureCache, LiveFeatures, cached_features, tower_features
+from basalt.train.alone import LOCK
+from basalt.train.features import FEATURES, INDEX, FeatureCache, LiveFeatures, cached_features, tower_features
 from basalt.train.stop import Stopped
 from tests.train.conftest import TOWER
 
@@ -163,7 +164,7 @@ def test_who_waits_for_features_can_be_stopped(images: Path, tmp_path: Path) -> 
     (directory / INDEX).unlink()
     with (directory / LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(Stopped, match="another process computes"):
+        with pytest.raises(Stopped, match="another process is at work"):
             cached_features(TOWER, ImageSource(images), ["red.png"], tmp_path / "cache", stop=lambda: True)
 
 

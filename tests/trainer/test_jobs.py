@@ -62,7 +62,7 @@ def test_a_job_trains_both_stages_and_publishes(
     assert local.answer([([{"role": "user", "content": "Hello!"}], [])], max_new_tokens=2)
     assert job.trained_tokens and job.finished_at
     seen, *measured = [event["data"] for event in told if event["type"] == "metrics"]
-    assert (seen["phase"], seen["step"]) == ("features", seen["steps"])
+    assert (seen["phase"], seen["step"]) == ("stage1 features", seen["steps"])
     assert [(each["phase"], each["step"]) for each in measured][-1] == ("stage2", 20)
     assert measured[-1]["train_loss"] < measured[0]["train_loss"]
     listed = list(client.fine_tuning.jobs.list_events(job_id, limit=3))
