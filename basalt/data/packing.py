@@ -89,6 +89,7 @@ class Packed:
     target: Tensor  # [K]
     images: list[str]  # in the order of their visual tokens
     segments: Segments
+    image_tokens: int | None  # how many; None where it was not counted
 
     def to(self, device: torch.device) -> "Packed":
         return replace(self, segments=self.segments.to(device), **_tensors_there(self, device))
@@ -107,8 +108,12 @@ def _tensors_there(holder: Segments | Packed, device: torch.device) -> dict[str,
     return {name: value.to(device, non_blocking=True) for name, value in named.items() if isinstance(value, Tensor)}
 
 
-def pack(rows: list[list[Group]], length: int, pad_id: int) -> Packed:
-    """Lays rows of groups out as tensors of `[len(rows), length]`."""
+def pack(rows: list[list[Group]], length: int, pad_id: int, image_token_id: int | None = None) -> Packed:
+    """Lays rows of groups out as tensors of `[len(rows), length]`.
+
+    Args:
+        image_token_id: is counted here, on the CPU, so that the model need not wait for a device to do so.
+    """
     shape = (len(rows), length)
     ids = torch.full(shape, pad_id)
     positions, branches = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
@@ -150,4 +155,6 @@ def pack(rows: list[list[Group]], length: int, pad_id: int) -> Packed:
             lengths.append(length - at)
     learned, into = torch.tensor(source, dtype=torch.long).unique(return_inverse=True)
     segments = Segments.of(lengths, prefixes, learned)
-    return Packed(ids, positions, numbers, branches, into, torch.tensor(target), images, segments)
+    counted = None if image_token_id is None else int((ids == image_token_id).sum())
+    wanted = torch.tensor(target, dtype=torch.long)  # also where there is none
+    return Packed(ids, positions, numbers, branches, into, wanted, images, segments, counted)

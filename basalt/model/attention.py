@@ -94,7 +94,7 @@ def _one_by_one(
         q, k, v = (states.transpose(0, 1)[None] for states in (q, k, v))
         seen = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
         attended.append(seen[0].transpose(0, 1))
-    return torch.cat(attended)
+    return torch.cat(attended) if attended else query[:0]  # nothing is learned where all of a pass was dropped
 
 
 AttentionInterface.register(SEGMENTS, attend)

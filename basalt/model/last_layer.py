@@ -39,7 +39,7 @@ def _where_learned(layer: Any, hidden: Tensor, segments: Segments, cos: Tensor, 
     learned = segments.learned
 
     def heads(projection: nn.Module, states: Tensor) -> Tensor:
-        return projection(states).view(len(states), -1, attention.head_dim)
+        return projection(states).unflatten(-1, (-1, attention.head_dim))
 
     def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return states * cos + rotate_half(states) * sin

@@ -52,19 +52,21 @@ class MultimodalLlama(nn.Module):
         """Patch features `[N, tokens, tower_dim]` → visual tokens `[N, tokens, lm_dim]`."""
         return self.projector(features.to(self.projector.linear_1.weight.dtype))
 
-    def embed(self, ids: Tensor, visual: Tensor | None) -> Tensor:
+    def embed(self, ids: Tensor, visual: Tensor | None, expected: int | None = None) -> Tensor:
         """Token embeddings `[B, T, lm_dim]` with visual tokens in the place of image tokens, in order.
 
         Args:
             ids: `[B, T]`.
             visual: `[N, tokens, lm_dim]` of all images of the batch in reading order, or None without images.
+            expected: how many image tokens `ids` hold; None counts them, for which the device has to be waited for.
 
         Raises:
             ValueError: there are more or fewer image tokens than visual tokens.
         """
         embedded = self.lm.get_input_embeddings()(ids)
         places = ids == self.image_token_id
-        expected, given = int(places.sum()), 0 if visual is None else visual.shape[0] * visual.shape[1]
+        expected = int(places.sum()) if expected is None else expected
+        given = 0 if visual is None else visual.shape[0] * visual.shape[1]
         if expected != given:
             raise ValueError(f"the prompts hold {expected} image tokens, the images give {given} visual tokens")
         if visual is None:
@@ -106,14 +108,24 @@ class MultimodalLlama(nn.Module):
         predicted, wanted = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         return output.logits, cross_entropy(predicted.float(), wanted, ignore_index=IGNORE)
 
-    def packed_loss(self, batch: Packed, features: Tensor | None) -> Tensor:
+    def packed_loss(self, batch: Packed, features: Tensor | None, *, always_backward: bool = False) -> Tensor:
         """Sum of the losses of a packed batch; logits are computed only where something is learned.
 
         Args:
             features: `[len(batch.images), tokens, tower_dim]`, or None without images.
+            always_backward: the loss has a backward pass through all layers even where it needs none, as without images
+                in stage 1: the layers that `parallel.shard` cut up are put together by all processes at once.
+
+        Raises:
+            ValueError: there are more or fewer image tokens than visual tokens.
         """
+        if not len(batch.target) and not always_backward:  # as where all of a pass was dropped
+            return torch.zeros((), device=batch.ids.device)
         visual = self.project(features) if features is not None else None
-        supervised = self._learned(batch, self.embed(batch.ids, visual))[batch.source]  # [K, lm_dim]
+        embedded = self.embed(batch.ids, visual, batch.image_tokens)
+        if always_backward:
+            embedded.requires_grad_()
+        supervised = self._learned(batch, embedded)[batch.source]  # [K, lm_dim]
         if len(supervised) <= LOSS_CHUNK:
             return self._token_loss(supervised, batch.target)
         parts = zip(supervised.split(LOSS_CHUNK), batch.target.split(LOSS_CHUNK), strict=True)

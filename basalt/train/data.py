@@ -3,7 +3,7 @@
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from basalt.data.grouping import Group, Pass, deal, group_samples, pass_length
+from basalt.data.grouping import LENGTH_STEP, Group, Pass, deal, group_samples, pass_length
 from basalt.data.packing import Packed, pack
 from basalt.data.preprocess import Tokenizer
 from basalt.data.readers import DataSet, is_inside
@@ -22,9 +22,9 @@ from basalt.data.selection import Counts, Samples, learnable, usable, with_image
 from basalt.data.tokenising import tokenised
 from basalt.model.precision import dtype_of
 from basalt.train import parallel
-from basalt.train.features import FeatureCache, LiveFeatures, Tell, tower_features
+from basalt.train.features import FeatureCache, LiveFeatures, Tell, cached_features, worth_keeping
 from basalt.train.recipe import DataSource, Recipe
-from basalt.train.stop import Stop, never
+from basalt.train.stop import Stop, Stopped, never
 
 T = TypeVar("T")
 
@@ -60,9 +60,9 @@ def prepare(
 
     Raises:
         DataError: too many of the rows of one cannot be used; the message counts why.
-        Stopped: `stop` said so while features were computed.
+        Stopped: `stop` said so while rows were read or features computed.
     """
-    readings = [_read(source, recipe, tokenizer) for source in sources]  # all, before the tower is run for hours
+    readings = [_read(source, recipe, tokenizer, stop) for source in sources]  # all, before the tower is run for hours
     names: dict[_Home, list[str]] = defaultdict(list)
     for reading in readings:
         names[reading.home] += reading.names
@@ -90,14 +90,21 @@ class _Reading:
     home: _Home
 
 
-def _read(source: DataSource, recipe: Recipe, tokenizer: Tokenizer) -> _Reading:
+def _read(source: DataSource, recipe: Recipe, tokenizer: Tokenizer, stop: Stop) -> _Reading:
     data, counts = DataSet(source.rows, source.images), Counts(source.rows)
     rows = usable(data.rows(source.prompts), counts)
-    samples = learnable(tokenised(rows, tokenizer), recipe.row_length, counts)
+    samples = learnable(_until(stop, tokenised(rows, tokenizer)), recipe.row_length, counts)
     counts.check()
     names = [name for row in rows for name in row.images]
     home = source.rows if any(map(is_inside, names)) else None, source.images
     return _Reading(source, data, samples, counts, names, home)
+
+
+def _until(stop: Stop, items: Iterable[T]) -> Iterator[T]:
+    for number, item in enumerate(items):
+        if number % 1024 == 1023 and stop():
+            raise Stopped("stopped while rows were read: started again, it reads them again")
+        yield item
 
 
 def _tell_more(tell: Callable[[int, int], None], before: int, of: int, seen: int) -> None:
@@ -109,11 +116,25 @@ def _features(
 ) -> FeatureCache | LiveFeatures | None:
     if not names:
         return None
-    keep = recipe.keep_features if recipe.grounding is None else True  # grounding asks for each again and again
-    dtype, epochs = dtype_of(recipe.dtype, parallel.device()), recipe.epochs
-    return tower_features(
-        recipe.tower, data, names, recipe.features, dtype, keep=keep, epochs=epochs, stop=stop, tell=tell
-    )
+    dtype = dtype_of(recipe.dtype, parallel.device())
+    if _kept(names, data, recipe, dtype):
+        return cached_features(recipe.tower, data, names, recipe.features, dtype, stop, tell)
+    return LiveFeatures(recipe.tower, data, names, dtype)
+
+
+def _kept(names: list[str], data: DataSet, recipe: Recipe, dtype: torch.dtype) -> bool:
+    """Whether features are kept. Of processes that train together the first decides.
+
+    Each for itself could find another disk, or another's cache begun: then one would know of broken images that others
+    do not, and they would deal other batches.
+    """
+    if recipe.grounding is not None:
+        return True  # it asks for each again and again
+    if recipe.keep_features is not None:
+        return recipe.keep_features
+    leading = parallel.rank_and_world()[0] == 0
+    decided = leading and worth_keeping(recipe.tower, data, names, recipe.features, dtype, recipe.epochs)
+    return parallel.added_up([float(decided)]) == [1.0]
 
 
 def _grouped(reading: _Reading, features: FeatureCache | LiveFeatures | None, recipe: Recipe) -> Source:
@@ -168,13 +189,17 @@ class Dealer:
     def _parts(self, rows: Pass) -> list[Pass]:
         """What of a pass is run through the model at once."""
         size = -(-len(rows) // self.recipe.split)
-        return [rows[at : at + size] for at in range(0, len(rows), size)]
+        parts = [rows[at : at + size] for at in range(0, len(rows), size)]
+        if self.recipe.shard:  # all processes run as many, at the same time
+            parts += [[[]]] * (self.recipe.split - len(parts))
+        return parts
 
     def batch(self, rows: Pass) -> Batch:
         """Rows of groups as tensors, with the features of their images in order."""
         shown = self._shown([group for row in rows for group in row])
         there = [[group for group in row if len(shown[id(group)]) == len(group.images)] for row in rows]
-        packed = pack(there, pass_length(rows, self.recipe.row_length), self.pad_id)
+        length = pass_length(rows, self.recipe.row_length) or LENGTH_STEP  # of an empty row
+        packed = pack(there, length, self.pad_id, self.recipe.image_token_id)
         features = [feature for row in there for group in row for feature in shown[id(group)]]
         return Batch(packed, torch.stack(features) if features else None)
 

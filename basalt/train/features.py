@@ -124,42 +124,21 @@ class LiveFeatures:
         return features
 
 
-def tower_features(
-    spec: TowerSpec,
-    source: Images,
-    names: list[str],
-    root: Path,
-    dtype: torch.dtype,
-    *,
-    keep: bool | None,
-    epochs: float | None,
-    stop: Stop = never,
-    tell: Tell = untold,
-) -> FeatureCache | LiveFeatures:
-    """Features of a data set's images, kept or computed each time; says which, and why.
-
-    Args:
-        keep: None decides: kept where they fit half of the disk that is free, and are needed more than once; and where
-            they are there already, be it in part.
-        epochs: how often each image is needed; None for often.
-        tell: is told how many images were seen, while they are.
-
-    Raises:
-        Stopped: `stop` said so while they were computed.
-    """
-    if keep is None:
-        count = len(set(names))
-        size = count * bytes_of_one(spec)
-        root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(root).free
-        begun = (_cache_of(spec, source, names, root, dtype) / FEATURES).is_file()  # by an earlier run, or beside this
-        keep = begun or (size <= free / 2 and (epochs is None or epochs > 1))
-        why = f"{size / 2**30:.1f} GiB of {free / 2**30:.0f} GiB free, each needed {epochs or 'many'} times"
-        why = "some are there already" if begun else why
-        print(f"{source.path.name}: features of {count} images {'kept' if keep else 'computed each time'} ({why})")
-    if keep:
-        return cached_features(spec, source, names, root, dtype, stop, tell)
-    return LiveFeatures(spec, source, names, dtype)
+def worth_keeping(
+    spec: TowerSpec, source: Images, names: list[str], root: Path, dtype: torch.dtype, epochs: float | None
+) -> bool:
+    """Whether features fit half of the disk that is free, and are needed more than once; or are there already, be it in
+    part. Says so, and why."""
+    count = len(set(names))
+    size = count * bytes_of_one(spec)
+    root.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(root).free
+    begun = (_cache_of(spec, source, names, root, dtype) / FEATURES).is_file()  # by an earlier run, or beside this
+    keep = begun or (size <= free / 2 and (epochs is None or epochs > 1))
+    why = f"{size / 2**30:.1f} GiB of {free / 2**30:.0f} GiB free, each needed {epochs or 'many'} times"
+    why = "some are there already" if begun else why
+    print(f"{source.path.name}: features of {count} images {'kept' if keep else 'computed each time'} ({why})")
+    return keep
 
 
 def cached_features(

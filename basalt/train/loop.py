@@ -5,11 +5,13 @@ import os
 import random
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from basalt.data.grouping import fill_rows
@@ -147,10 +149,11 @@ class Run:
             self.standardizer.measure(torch.stack(sample))
 
     def _held_out(self, source: Source) -> list[Batch]:
-        """Its first rows as batches; the first questions about images become `samples`."""
+        """Its first rows as batches; the first questions about images that are all there become `samples`."""
         dealer = Dealer([source], self.recipe, pad_id=0)
-        chosen = [group for group in source.groups if group.images][: self.recipe.samples]
-        self.samples = [sample_of(group, dealer.features(group), self.tokenizer) for group in chosen]
+        shown = ((group, dealer.features(group)) for group in source.groups if group.images)
+        whole = ((group, features) for group, features in shown if len(features) == len(group.images))
+        self.samples = [sample_of(*each, self.tokenizer) for each in islice(whole, self.recipe.samples)]
         rows = fill_rows(source.groups[:96], self.recipe.row_length, random.Random(0))
         size = self.recipe.rows_per_pass
         return [dealer.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
@@ -165,8 +168,6 @@ class Run:
         keep_freed_memory()
         layers = model.causal_lm.model.layers
         flops, peak_rate = FlopCounter(model), peak(self.device, dtype_of(recipe.dtype, self.device))
-        if recipe.shard:
-            parallel.shard(layers)
         if self.steps >= COMPILE_FROM:
             compile_layers(layers)
 
@@ -222,8 +223,10 @@ class Run:
         ).run()
 
     def _loss(self, model: MultimodalLlama, batch: Batch) -> Tensor:
-        features = None if batch.features is None else self.standardizer(batch.features.to(self.device))
-        return model.packed_loss(batch.packed.to(self.device), features)
+        features = batch.features
+        if features is not None:
+            features = self.standardizer(features.to(self.device, non_blocking=True))
+        return model.packed_loss(batch.packed.to(self.device), features, always_backward=self.recipe.shard)
 
     def evaluate(self, model: MultimodalLlama) -> dict[str, Any]:
         """The loss on the held-out rows, and answers to some of them."""
@@ -253,7 +256,7 @@ def load_base_lm(recipe: Recipe, device: torch.device) -> Any:
     """The frozen base LM, in the recipe's precision or quantised.
 
     Raises:
-        RecipeError: it is a directory's name, and no directory.
+        RecipeError: it is a directory's name, and no directory; or not to be had from the hub.
     """
     if not recipe.base_lm.is_dir() and (recipe.base_lm.is_absolute() or len(recipe.base_lm.parts) > 2):  # no hub's id
         raise RecipeError(
@@ -261,14 +264,20 @@ def load_base_lm(recipe: Recipe, device: torch.device) -> Any:
             "(for basalt-tiny, `basalt models prepare` does so)"
         )
     quantized = None if recipe.quantize is None else nf4()
-    lm: Any = AutoModelForCausalLM.from_pretrained(
-        recipe.base_lm, dtype=dtype_of(recipe.dtype, device), quantization_config=quantized
-    )
+    try:
+        lm: Any = AutoModelForCausalLM.from_pretrained(
+            recipe.base_lm, dtype=dtype_of(recipe.dtype, device), quantization_config=quantized
+        )
+    except OSError as error:
+        if error.errno is not None:  # the system's, not transformers'
+            raise
+        raise RecipeError(f"base_lm: {recipe.base_lm} is neither here nor to be had: {error}") from error
     return made_ready(lm, recipe, device)
 
 
 def made_ready(lm: Any, recipe: Recipe, device: torch.device) -> Any:
-    """The LM frozen and on its device, attending in the way that is fastest for the recipe's rows."""
+    """The LM frozen and on its device, attending in the way that is fastest for the recipe's rows. Where it is cut up
+    among several processes, none has the whole of it on its device at any time."""
     lm.requires_grad_(False)
     if device.type == "cpu" and recipe.row_length <= PLAIN_UP_TO:
         # The plain product over whole rows is the faster one for short rows: compiled, it has no kernel's start and no
@@ -276,6 +285,8 @@ def made_ready(lm: Any, recipe: Recipe, device: torch.device) -> Any:
         lm.set_attn_implementation("eager")
     else:
         train_by_segments(lm)
+    if recipe.shard and parallel.rank_and_world()[1] > 1:
+        shard(lm.model.layers)
     if recipe.quantize is None:  # what is quantised was put there as it was loaded
         lm.to(device)
     if recipe.recompute:
@@ -284,18 +295,33 @@ def made_ready(lm: Any, recipe: Recipe, device: torch.device) -> Any:
     return lm
 
 
+def shard(layers: nn.ModuleList) -> None:
+    """Cuts the layers up among the processes: each goes from the CPU to the device by itself, and what of it is not
+    this process's is gone before the next one comes."""
+    parallel.shard(layers)
+    for layer in layers:
+        assert isinstance(layer, FSDPModule)
+        layer.set_reshard_after_forward(True)  # a module that is not in another one stays whole otherwise
+
+
 def compile_layers(layers: nn.ModuleList) -> None:
-    """Compiles the LM's layers: once for all of them, and once for each size of a pass. Without a C++ compiler
-    training on a CPU runs them as they are, which takes about half as long again."""
-    if torch.cuda.is_available() or has_compiler():
-        torch._dynamo.config.recompile_limit = 64  # sizes, with and without gradients
-        for layer in layers:
-            layer.compile(dynamic=True)
+    """Compiles the LM's layers: once for all of them, and once for each size of a pass. Without a compiler they are run
+    as they are, which takes about half as long again on a CPU."""
+    on_gpu = parallel.device().type == "cuda"
+    if not has_compiler(on_gpu=on_gpu):
+        wanted = "C compiler ($CC, gcc or clang)" if on_gpu else "C++ compiler ($CXX or g++)"
+        print(f"the LM's layers are not compiled, which would be faster: there is no {wanted}", flush=True)
+        return
+    torch._dynamo.config.recompile_limit = 64  # sizes, with and without gradients
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
-def has_compiler() -> bool:
-    """Whether the C++ compiler that torch.compile calls on Linux is there: `$CXX`, or g++; it tries no other."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+def has_compiler(*, on_gpu: bool = False) -> bool:
+    """Whether the compiler that torch.compile calls on Linux is there, for a CPU's kernels `$CXX` or g++, for starting
+    a GPU's `$CC`, gcc or clang; it tries no other."""
+    variable, known = ("CC", ("gcc", "clang")) if on_gpu else ("CXX", ("g++",))
+    return any(map(shutil.which, [os.environ[variable]] if variable in os.environ else known))
 
 
 def keep_freed_memory() -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 class MasterAdamW:
     """AdamW on float32 copies of bf16 parameters: bf16 alone loses the small steps of a low learning rate.
 
-    Where several processes train together, their gradients are added up.
+    Gradients are float32 from the first pass of a step on: added up in bf16, 16 passes would be off by 0.4 %, and one
+    process by more than several. Where several processes train together, their gradients are added up.
 
     Args:
         groups: parameters by name, and their peak learning rate.
@@ -20,6 +21,8 @@ class MasterAdamW:
     def __init__(self, groups: list[tuple[dict[str, nn.Parameter], float]], weight_decay: float) -> None:
         named = {name: parameter for parameters, _ in groups for name, parameter in parameters.items()}
         self.names, self.parameters = list(named), list(named.values())
+        for parameter in self.parameters:
+            parameter.grad_dtype = torch.float32  # autograd casts each pass's gradient, and adds to what is there
         self.masters = [parameter.detach().float().clone().requires_grad_() for parameter in self.parameters]
         of = dict(zip(self.names, self.masters, strict=True))
         self.peaks = [rate for _, rate in groups]
@@ -33,8 +36,7 @@ class MasterAdamW:
     def step(self, factor: float, clip: float) -> Tensor:
         """One update with every learning rate times `factor`; returns the gradient's norm before clipping."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
+            master.grad, parameter.grad = parameter.grad, None
         if dist.is_initialized():
             self._add_up_gradients()
         norm = nn.utils.clip_grad_norm_(self.masters, clip)

@@ -48,7 +48,7 @@ def packed(found: Found) -> tuple[Packed, list[list[Group]], Found]:
     kept = [(images, sample) for images, sample in found if len(sample.ids) <= LENGTH]
     groups = group_samples(kept, LENGTH, IMAGE)
     rows = fill_rows(groups, LENGTH, random.Random(0))
-    return pack(rows, LENGTH, PAD), rows, kept
+    return pack(rows, LENGTH, PAD, IMAGE), rows, kept
 
 
 def histories(batch: Packed) -> list[tuple[int, ...]]:
@@ -82,7 +82,7 @@ def test_nothing_is_cut_and_nothing_is_longer_than_a_row(found: Found) -> None:
     )
     assert whole == Counter((images, tuple(sample.ids)) for images, sample in kept)
     assert batch.images == [name for row in rows for group in row for name in group.images]
-    assert int((batch.ids == IMAGE).sum()) == 4 * len(batch.images)
+    assert int((batch.ids == IMAGE).sum()) == batch.image_tokens == 4 * len(batch.images)
 
 
 @settings(deadline=None, max_examples=60)

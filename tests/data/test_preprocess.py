@@ -91,6 +91,19 @@ def test_llama_3_and_vicuna_render_as_their_makers_wrote() -> None:
     )
 
 
+def test_plain_renders_as_llava_s_stage_1() -> None:
+    """Which begins with the tokenizer's bos token, as stage 2 does; Qwen2's has none."""
+    rendering = (TEMPLATES / "plain.jinja").read_text()
+    for bos, begins in (("<|im_start|>", "<|im_start|>"), (None, "")):
+        lm = make_tokenizer()
+        lm.bos_token = bos
+        tokenizer = Tokenizer(lm, rendering, IMAGE_TOKEN_ID, 1)
+        sample = tokenizer.sample(CONVERSATIONS["image"])
+        assert lm.decode(sample.ids) == f"{begins}<reserved_16>A dog.\n"
+        assert learned(lm, sample) == ["A dog.\n"]
+        assert lm.decode(tokenizer.prompt(CONVERSATIONS["image"][:1])) == f"{begins}<reserved_16>"
+
+
 def test_spaces_are_learned_where_the_tokenizer_trims_its_offsets() -> None:
     trimming = make_tokenizer()
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as Llama 3's

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -197,7 +198,7 @@ def packed_and_alone(attention: str, lm: PreTrainedConfig):
         total = total + loss * sum(label != IGNORE for label in sample.labels)
     groups = group_samples(conversations(), 96, IMAGE)
     assert sum(map(len, groups)) < sum(len(sample.ids) for _, sample in conversations()) - 2 * 16
-    batch = pack(fill_rows(groups, 96, random.Random(0)), 96, pad_id=0)
+    batch = pack(fill_rows(groups, 96, random.Random(0)), 96, pad_id=0, image_token_id=IMAGE)
     assert ours.tower is not None
     features = ours.tower(torch.stack([pixels[name] for name in batch.images]))
     return ours, total, ours.packed_loss(batch, features)
@@ -221,3 +222,51 @@ def test_packed_gradients_equal_each_conversation_alone(attention: str, lm: PreT
     weight = ours.projector.linear_1.weight
     expected = torch.autograd.grad(alone, weight)[0]
     torch.testing.assert_close(torch.autograd.grad(packed, weight)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+@ways_to_pack
+def test_a_pass_with_nothing_in_it_has_no_loss(attention: str, lm: PreTrainedConfig) -> None:
+    _, ours = twins(siglip(), lm)
+    ours.lm.requires_grad_(False)
+    if attention == "segments":
+        train_by_segments(ours.lm)
+    else:
+        ours.lm.set_attn_implementation(attention)
+    empty = pack([[], []], 32, pad_id=0, image_token_id=IMAGE)
+    loss = ours.packed_loss(empty, None)
+    assert loss == 0
+    assert not loss.requires_grad
+    passed: list[int] = []
+    for number, layer in enumerate(ours.lm.model.layers):
+        layer.register_full_backward_pre_hook(lambda *_, number=number: passed.append(number))
+    text = pack([group_samples([((), Sample([11, 23, 24], [IGNORE, 23, 24]))], 32, IMAGE)], 32, 0, IMAGE)
+    for batch in (empty, text):
+        loss = ours.packed_loss(batch, None, always_backward=True)
+        assert (loss == 0) == (batch is empty)
+        loss.backward()
+    assert passed == [1, 0, 1, 0]
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+class NeverAsked(TorchDispatchMode):
+    """Refuses to tell a tensor's value, for which a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default or func is torch.ops.aten.nonzero.default:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_of_training_waits_for_no_device() -> None:
+    _, ours = twins(siglip(), llama())
+    train_by_segments(ours.lm)
+    groups = group_samples(conversations(), 96, IMAGE)
+    rows = fill_rows(groups, 96, random.Random(0))
+    counted, not_counted = pack(rows, 96, 0, IMAGE), pack(rows, 96, 0)
+    features = torch.randn(len(counted.images), 16, 32)
+    with NeverAsked():
+        ours.packed_loss(counted, features).backward()
+    with NeverAsked(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        ours.packed_loss(not_counted, features)
+    with pytest.raises(ValueError, match=f"hold {16 * len(counted.images)} image tokens, the images give 16 visual"):
+        ours.packed_loss(counted, features[:1])

@@ -14,7 +14,7 @@ from PIL import Image
 from basalt.data.readers import DataError, ImageSource
 from basalt.train import features as computing
 from basalt.train.alone import LOCK
-from basalt.train.features import FEATURES, INDEX, FeatureCache, LiveFeatures, cached_features, tower_features
+from basalt.train.features import FEATURES, INDEX, FeatureCache, LiveFeatures, cached_features, worth_keeping
 from basalt.train.stop import Stopped
 from tests.train.conftest import TOWER
 
@@ -78,9 +78,7 @@ def test_a_broken_image_found_on_the_way_is_left_out_until_there_are_too_many(im
         live.of(["2.png"])
 
 
-@pytest.mark.parametrize(
-    ("free", "epochs", "kind"), [(10**9, 3, FeatureCache), (10**4, 3, LiveFeatures), (10**9, 1, LiveFeatures)]
-)
+@pytest.mark.parametrize(("free", "epochs", "worth"), [(10**9, 3, True), (10**4, 3, False), (10**9, 1, False)])
 def test_features_are_kept_where_they_fit_and_are_needed_again(
     images: Path,
     tmp_path: Path,
@@ -88,13 +86,12 @@ def test_features_are_kept_where_they_fit_and_are_needed_again(
     capsys: pytest.CaptureFixture[str],
     free: int,
     epochs: float,
-    kind: type,
+    worth: bool,
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     root = tmp_path / "cache"
-    found = tower_features(TOWER, ImageSource(images), ["red.png"], root, torch.float32, keep=None, epochs=epochs)
-    assert isinstance(found, kind)
-    assert ("kept" in capsys.readouterr().out) == (kind is FeatureCache)
+    assert worth_keeping(TOWER, ImageSource(images), ["red.png"], root, torch.float32, epochs) == worth
+    assert ("kept" in capsys.readouterr().out) == worth
 
 
 def test_a_cache_that_was_stopped_or_killed_is_gone_on_with(
@@ -173,5 +170,4 @@ def test_features_that_were_begun_are_kept_though_the_disk_is_fuller_now(
 ) -> None:
     cached_features(TOWER, ImageSource(images), ["red.png"], tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
-    found = tower_features(TOWER, ImageSource(images), ["red.png"], tmp_path, torch.float32, keep=None, epochs=3)
-    assert isinstance(found, FeatureCache)
+    assert worth_keeping(TOWER, ImageSource(images), ["red.png"], tmp_path, torch.float32, epochs=3)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from basalt.assistants import AssistantError, load_assistant, sha256
 from basalt.data.readers import DataError
@@ -21,10 +21,10 @@ from basalt.model.projector import load_projector
 from basalt.model.vision_encoder import efficientnet_lite_weights
 from basalt.train.checkpoints import learned
 from basalt.train.data import Dealer, prefetched
-from basalt.train.loop import Run, has_compiler, keep_recipe
+from basalt.train.loop import Run, compile_layers, has_compiler, keep_recipe
 from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.publish import publish
-from basalt.train.recipe import Recipe, RecipeError
+from basalt.train.recipe import DataSource, Recipe, RecipeError
 from basalt.train.stage1_align import train_stage1
 from basalt.train.stage2_instruct import train_stage2
 from tests.tiny_lm import make_lm
@@ -252,13 +252,37 @@ def test_steps_too_small_for_bf16_add_up() -> None:
     parameter = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = MasterAdamW([({"weight": parameter}, 1e-4)], weight_decay=0.0)
     for _ in range(200):
-        parameter.grad = torch.ones_like(parameter)
+        parameter.sum().backward()
         optimizer.step(1.0, clip=1.0)
     assert parameter[0].item() == pytest.approx(0.98, abs=0.004)
 
 
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="compiling needs a C++ compiler")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, needs_compiler])])
+def test_the_gradients_of_many_passes_add_up_in_float32(compiled: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 32).bfloat16()
+    passes = [torch.randn(8, 32, dtype=torch.bfloat16) for _ in range(16)]
+    if compiled:
+        layer.compile()
+
+    def gradient(passes: list[Tensor]) -> Tensor:
+        optimizer = MasterAdamW([({"weight": layer.weight, "bias": layer.bias}, 0.0)], weight_decay=0.0)
+        for rows in passes:
+            layer(rows).float().square().sum().backward()
+        optimizer.step(1.0, clip=1e9)
+        return torch.cat([master.grad.flatten() for master in optimizer.masters if master.grad is not None])
+
+    together = gradient(passes)
+    assert together.dtype == torch.float32
+    one_by_one = torch.stack([gradient([rows]) for rows in passes]).double().sum(0)
+    assert float((together - one_by_one).norm() / one_by_one.norm()) < 1e-6  # in bf16 it would be 4e-3
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not has_compiler(), reason="compiling needs a C++ compiler")
+@needs_compiler
 def test_compiled_training_is_the_same_training(
     stage2: Recipe, aligned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +303,60 @@ def test_features_computed_each_time_train_the_same(stage2: Recipe, aligned: Pat
         train_stage2(stage2.model_copy(update=update), tmp_path / str(keep))
         runs[keep] = [entry["loss"] for entry in log(tmp_path / str(keep))]
     assert runs[True] == pytest.approx(runs[False], abs=1e-5)
+
+
+@pytest.mark.parametrize("row_length", [80, 400], ids=["plain", "segments"])
+def test_an_image_that_turns_out_broken_ends_no_run(row_length: int, stage1: Recipe, tmp_path: Path) -> None:
+    """The first of 24, shown in samples and alone in its pass, where features are computed each time."""
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number in range(24):
+        image = tmp_path / "images" / f"{number:02}.png"
+        Image.new("RGB", (16, 16), (10 * number, 0, 0)).save(image)
+        said = ("Red. " * 50 if row_length == 400 else "Red ") + f"{number:02}."
+        turns = [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": said}]
+        rows.append({"image": image.name, "conversations": turns})
+    (tmp_path / "images" / "00.png").write_bytes(b"not a picture")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    source = DataSource(rows=tmp_path / "rows.json", images=tmp_path / "images")
+    update: dict[str, Any] = {"keep_features": False, "dtype": "float32", "data": [source], "held_out": source}
+    update |= {"row_length": row_length, "rows_per_pass": 1, "passes_per_step": 1, "steps": 24}
+    recipe = stage1.model_copy(update=update)
+    train_stage1(recipe, tmp_path / "run")
+    figures = log(tmp_path / "run")
+    assert len(figures) == 6
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["held_out_loss"]) for line in figures)
+    assert [sample["expected"].split()[-1] for sample in figures[0]["samples"]] == ["01.", "02.", "03."]
+    tokens = [line["tokens"] for line in figures]
+    assert sum(tokens) == 23 / 4 * max(tokens)  # four steps each, one of them with nothing in it
+
+
+def test_layers_are_run_as_they_are_where_no_compiler_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = nn.ModuleList([nn.Linear(2, 2)])
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    compile_layers(layers)
+    assert "there is no C++ compiler ($CXX or g++)" in capsys.readouterr().out
+    assert layers[0]._compiled_call_impl is None
+
+
+def test_a_gpu_needs_a_c_compiler_and_a_cpu_one_for_c_plus_plus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+
+    def there() -> tuple[bool, bool]:
+        return has_compiler(on_gpu=True), has_compiler()
+
+    assert there() == (False, False)
+    for name, found in (("clang", (True, False)), ("g++", (True, True))):
+        (tmp_path / name).touch(mode=0o755)
+        assert there() == found
+    monkeypatch.setenv("CC", "gcc")  # it alone is asked for
+    assert there() == (False, True)
 
 
 def test_passes_hold_rows_of_like_length(stage2: Recipe, aligned: Path, tmp_path: Path) -> None:
