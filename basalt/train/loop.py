@@ -286,7 +286,7 @@ def made_ready(lm: Any, recipe: Recipe, device: torch.device) -> Any:
     else:
         train_by_segments(lm)
     if recipe.shard and parallel.rank_and_world()[1] > 1:
-        shard(lm.model.layers)
+        cut_up(lm.model.layers)
     if recipe.quantize is None:  # what is quantised was put there as it was loaded
         lm.to(device)
     if recipe.recompute:
@@ -295,13 +295,13 @@ def made_ready(lm: Any, recipe: Recipe, device: torch.device) -> Any:
     return lm
 
 
-def shard(layers: nn.ModuleList) -> None:
-    """Cuts the layers up among the processes: each goes from the CPU to the device by itself, and what of it is not
+def cut_up(layers: nn.ModuleList) -> None:
+    """Shares the layers out among the processes: each goes from the CPU to the device by itself, and what of it is not
     this process's is gone before the next one comes."""
     parallel.shard(layers)
     for layer in layers:
         assert isinstance(layer, FSDPModule)
-        layer.set_reshard_after_forward(True)  # a module that is not in another one stays whole otherwise
+        layer.set_reshard_after_forward(True)  # FSDP2 leaves what lies in no other of its modules whole: all of them
 
 
 def compile_layers(layers: nn.ModuleList) -> None:

@@ -106,16 +106,16 @@ with parallel.together():
     assert sum(held) == sum(frozen) / 2, (sum(held), sum(frozen))
     model, _ = assemble(Projector(recipe.tower.width, 48, lm.config.hidden_size), lm, recipe)
     layers = model.causal_lm.model.layers
-    whole = []
-    layers[1].register_forward_pre_hook(lambda *_: whole.append(isinstance(first(), DTensor)))
+    cut = []
+    layers[1].register_forward_pre_hook(lambda *_: cut.append(isinstance(first(), DTensor)))
 
     def first():
         return layers[0].self_attn.q_proj.base_layer.weight
 
     batch = pack([[Group((), [], [Sample([20, 21, 22], [IGNORE, 21, 22])])]], 32, 0)
     model.packed_loss(batch, None, always_backward=True).backward()
-    assert whole == [True], whole  # of one layer at a time, forward
-    assert isinstance(first(), DTensor)  # and backward
+    assert cut == [True], cut  # forward, when the next layer begins
+    assert isinstance(first(), DTensor)  # and after backward
 """
 
 
