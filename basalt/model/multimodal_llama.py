@@ -108,22 +108,22 @@ class MultimodalLlama(nn.Module):
         predicted, wanted = output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         return output.logits, cross_entropy(predicted.float(), wanted, ignore_index=IGNORE)
 
-    def packed_loss(self, batch: Packed, features: Tensor | None, *, always_backward: bool = False) -> Tensor:
+    def packed_loss(self, batch: Packed, features: Tensor | None) -> Tensor:
         """Sum of the losses of a packed batch; logits are computed only where something is learned.
+
+        It has a backward pass through all layers even where none is needed, as without images in stage 1, or where
+        all rows of a pass turned out broken: all passes are compiled alike, and the layers that `parallel.shard` cut
+        up are put together by all processes at once.
 
         Args:
             features: `[len(batch.images), tokens, tower_dim]`, or None without images.
-            always_backward: the loss has a backward pass through all layers even where it needs none, as without images
-                in stage 1: the layers that `parallel.shard` cut up are put together by all processes at once.
 
         Raises:
             ValueError: there are more or fewer image tokens than visual tokens.
         """
-        if not len(batch.target) and not always_backward:  # as where all of a pass was dropped
-            return torch.zeros((), device=batch.ids.device)
         visual = self.project(features) if features is not None else None
         embedded = self.embed(batch.ids, visual, batch.image_tokens)
-        if always_backward:
+        if torch.is_grad_enabled():
             embedded.requires_grad_()
         supervised = self._learned(batch, embedded)[batch.source]  # [K, lm_dim]
         if len(supervised) <= LOSS_CHUNK:

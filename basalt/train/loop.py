@@ -100,7 +100,6 @@ class Run:
         if recipe.passes_per_step % world:
             raise RecipeError(f"passes_per_step = {recipe.passes_per_step} cannot be shared by {world} processes alike")
         self.recipe, self.directory = recipe, directory
-        self.samples: list[Sample] = []
         self.device = parallel.device()
         self.lm = load_base_lm(recipe, self.device)
         template = (TEMPLATES / recipe.chat_template).read_text()
@@ -112,7 +111,9 @@ class Run:
         with Looking(directory / "features") as tell:
             held_out = [] if recipe.held_out is None else [recipe.held_out]
             sources = prepare([*recipe.data, *held_out], recipe, self.tokenizer, stop, tell)
-        self.held_out = self._held_out(sources.pop()) if held_out else []
+        kept = sources.pop() if held_out else None
+        self.held_out = [] if kept is None else self._batches(kept)
+        self.samples = self._samples([kept] if kept else sources)
         self.dealer = Dealer(sources, recipe, pad_id=0)
         self.steps = recipe.total_steps(self.dealer.steps_per_epoch())
         self.standardizer = Standardizer(recipe.tower.width)
@@ -148,12 +149,17 @@ class Run:
         if sample:
             self.standardizer.measure(torch.stack(sample))
 
-    def _held_out(self, source: Source) -> list[Batch]:
-        """Its first rows as batches; the first questions about images that are all there become `samples`."""
-        dealer = Dealer([source], self.recipe, pad_id=0)
-        shown = ((group, dealer.features(group)) for group in source.groups if group.images)
+    def _samples(self, sources: list[Source]) -> list[Sample]:
+        """The first questions about images that are all there."""
+        dealer = Dealer(sources, self.recipe, pad_id=0)
+        about = (group for source in sources for group in source.groups if group.images)
+        shown = ((group, dealer.features(group)) for group in about)
         whole = ((group, features) for group, features in shown if len(features) == len(group.images))
-        self.samples = [sample_of(*each, self.tokenizer) for each in islice(whole, self.recipe.samples)]
+        return [sample_of(*each, self.tokenizer) for each in islice(whole, self.recipe.samples)]
+
+    def _batches(self, source: Source) -> list[Batch]:
+        """The first rows of held-out data."""
+        dealer = Dealer([source], self.recipe, pad_id=0)
         rows = fill_rows(source.groups[:96], self.recipe.row_length, random.Random(0))
         size = self.recipe.rows_per_pass
         return [dealer.batch(rows[at : at + size]) for at in range(0, len(rows), size)]
@@ -168,16 +174,15 @@ class Run:
         keep_freed_memory()
         layers = model.causal_lm.model.layers
         flops, peak_rate = FlopCounter(model), peak(self.device, dtype_of(recipe.dtype, self.device))
-        if self.steps >= COMPILE_FROM:
-            compile_layers(layers)
+        if self.steps >= COMPILE_FROM and compile_layers(layers):
+            self._compile(model, optimizer)
 
         def work(step: int, dealt: Dealt) -> Tally:
             batches = dealt.batches
             total: Tensor | float = 0.0
             for batch in batches:
                 loss = self._loss(model, batch)
-                if loss.requires_grad:  # stage 1 learns nothing from rows without images
-                    (loss / dealt.supervised).backward()
+                (loss / dealt.supervised).backward()
                 total = total + loss.detach()
             factor = rate_factor(step, self.steps, warmup=recipe.warmup, decay=recipe.decay)
             norm = optimizer.step(factor, recipe.clip)
@@ -203,7 +208,7 @@ class Run:
             optimizer.load(state["optimizer"])
             self.standardizer.load_state_dict(state["standardizer"])
 
-        Phase(
+        phase = Phase(
             name=name,
             directory=self.directory,
             steps=self.steps,
@@ -220,20 +225,40 @@ class Run:
             load=load,
             stop=stop,
             evaluate=lambda: self.evaluate(model),
-        ).run()
+        )
+        with torch.compiler.set_stance("eager_on_recompile"):  # see `_compile`
+            phase.run()
+
+    def _compile(self, model: MultimodalLlama, optimizer: MasterAdamW) -> None:
+        """Has the layers compiled by the run's first passes, whatever step it goes on from.
+
+        What is compiled depends on the sizes that come first, and two kernels for one size may round otherwise: a run
+        that goes on would end with other weights than one never stopped. What these passes' kernels do not fit is run
+        as it is.
+        """
+        for step in range(2):
+            for batch in self.dealer.step(step).batches[:2]:
+                self._loss(model, batch).backward()
+        for parameter in optimizer.parameters:
+            parameter.grad = None
+        with torch.no_grad():
+            for batch in self.held_out[:2]:
+                self._loss(model, batch)
 
     def _loss(self, model: MultimodalLlama, batch: Batch) -> Tensor:
         features = batch.features
         if features is not None:
             features = self.standardizer(features.to(self.device, non_blocking=True))
-        return model.packed_loss(batch.packed.to(self.device), features, always_backward=self.recipe.shard)
+        return model.packed_loss(batch.packed.to(self.device), features)
 
     def evaluate(self, model: MultimodalLlama) -> dict[str, Any]:
-        """The loss on the held-out rows, and answers to some of them."""
-        if not self.held_out:
-            return {}
-        told = answers(self.samples, model, self.standardizer, self.tokenizer)
-        return {"held_out_loss": self.held_out_loss(model), "samples": told}
+        """The loss on the held-out rows, and answers to some of them; without any, to some of the rows trained on."""
+        told: dict[str, Any] = {}
+        if self.held_out:
+            told["held_out_loss"] = self.held_out_loss(model)
+        if self.samples:
+            told["samples"] = answers(self.samples, model, self.standardizer, self.tokenizer)
+        return told
 
     @torch.no_grad()
     def held_out_loss(self, model: MultimodalLlama) -> float:
@@ -290,7 +315,6 @@ def made_ready(lm: Any, recipe: Recipe, device: torch.device) -> Any:
     if recipe.quantize is None:  # what is quantised was put there as it was loaded
         lm.to(device)
     if recipe.recompute:
-        lm.train()  # transformers recomputes in training mode only; there is no dropout it would switch on
         lm.gradient_checkpointing_enable({"use_reentrant": False})
     return lm
 
@@ -304,17 +328,18 @@ def cut_up(layers: nn.ModuleList) -> None:
         layer.set_reshard_after_forward(True)  # FSDP2 leaves what lies in no other of its modules whole: all of them
 
 
-def compile_layers(layers: nn.ModuleList) -> None:
-    """Compiles the LM's layers: once for all of them, and once for each size of a pass. Without a compiler they are run
-    as they are, which takes about half as long again on a CPU."""
+def compile_layers(layers: nn.ModuleList) -> bool:
+    """Has the LM's layers compiled when they are first run: once for all of them and for all sizes of a pass. Without a
+    compiler, for which it is False, they are run as they are, which takes about half as long again on a CPU."""
     on_gpu = parallel.device().type == "cuda"
     if not has_compiler(on_gpu=on_gpu):
         wanted = "C compiler ($CC, gcc or clang)" if on_gpu else "C++ compiler ($CXX or g++)"
         print(f"the LM's layers are not compiled, which would be faster: there is no {wanted}", flush=True)
-        return
+        return False
     torch._dynamo.config.recompile_limit = 64  # sizes, with and without gradients
     for layer in layers:
         layer.compile(dynamic=True)
+    return True
 
 
 def has_compiler(*, on_gpu: bool = False) -> bool:
@@ -346,6 +371,7 @@ def assemble(
     if recipe.lora is not None:
         lm = add_lora(lm, recipe.lora, adapter)
         rates.append((trainable(lm), recipe.lora.learning_rate))
+    lm.train(recipe.recompute)  # transformers recomputes in training mode only; there is no dropout it would switch on
     return MultimodalLlama(None, projector, lm, recipe.image_token_id), MasterAdamW(rates, recipe.weight_decay)
 
 

@@ -63,7 +63,7 @@ class Recipe(_Part):
     projector_hidden: int = Field(gt=0)
     data: list[DataSource] = Field(min_length=1)
     held_out: DataSource | None = None  # its loss is measured as training goes
-    samples: int = Field(default=3, ge=0)  # held-out questions whose answers are shown as training goes
+    samples: int = Field(default=3, ge=0)  # questions whose answers are shown as training goes, held out if there are
     start: ExpandedPath | None = None  # a stage 1 run, or an assistant's directory, that is trained on
     grounding: Grounding | None = None
     lora: LoRA | None = None

@@ -6,6 +6,7 @@ import io
 import json
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,21 @@ def told(phase: str, line: dict[str, Any]) -> str:
     """A line of a log in words."""
     if phase.endswith("features"):
         return f"{phase}: {line['step']} of {line['steps']} images"
-    return f"{phase}: step {line['step']} of {line['steps']}, training loss {line.get('loss', 0):.4f}"
+    left = seconds_left(line)
+    soon = f", {timedelta(seconds=round(left))} left" if left else ""
+    return f"{phase}: step {line['step']} of {line['steps']}, training loss {line.get('loss', 0):.4f}{soon}"
 
 
-def estimated_finish(phase: str, line: dict[str, Any], plan: Plan) -> int | None:
-    """When the last stage will be done if its steps go on taking as long; None before it has begun."""
-    if phase != plan.stages[-1].name or "seconds_per_step" not in line:
-        return None
-    return int(time.time() + (line["steps"] - line["step"]) * line["seconds_per_step"])
+def seconds_left(line: dict[str, Any]) -> float | None:
+    """Until the phase is done, if its steps go on taking as long."""
+    return (line["steps"] - line["step"]) * line["seconds_per_step"] if "seconds_per_step" in line else None
+
+
+def finishes(phase: str, line: dict[str, Any], plan: Plan) -> dict[str, int | None]:
+    """When the phase will be done, and when the job: None before its last phase."""
+    left = seconds_left(line)
+    done = None if left is None else int(time.time() + left)
+    return {"phase_finish": done, "estimated_finish": done if phase == plan.stages[-1].name else None}
 
 
 def metrics_at(stage: Path, step: int) -> dict[str, Any]:

@@ -267,11 +267,7 @@ class Attempt:
                 figures = {name: value for name, value in line.items() if name not in ("seconds", "tokens")}
                 data = {"phase": phase, "train_loss": line.get("loss"), **figures}
                 jobs.add_event(session, self.job.id, results.told(phase, line), data=data)
-                progress = {
-                    "phase": phase,
-                    **figures,
-                    "estimated_finish": results.estimated_finish(phase, line, prepared),
-                }
+                progress = {"phase": phase, **figures, **results.finishes(phase, line, prepared)}
         self.told = told
         if progress is not None:
             self.lease.renew(progress=progress, attempts=0)  # it gets on: how it ended before does not count

@@ -1,11 +1,15 @@
-"""What the tests compare of two runs."""
+"""What tests of runs share."""
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from basalt.train.checkpoints import learned
+from basalt.train.loop import has_compiler
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="compiling needs a C++ compiler")
 
 
 def masters(run: Path) -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ with parallel.together():
         return layers[0].self_attn.q_proj.base_layer.weight
 
     batch = pack([[Group((), [], [Sample([20, 21, 22], [IGNORE, 21, 22])])]], 32, 0)
-    model.packed_loss(batch, None, always_backward=True).backward()
+    model.packed_loss(batch, None).backward()
     assert cut == [True], cut  # forward, when the next layer begins
     assert isinstance(first(), DTensor)  # and after backward
 """

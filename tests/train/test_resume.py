@@ -1,6 +1,7 @@
 """Runs that are killed, stopped and damaged, and end as if nothing had been."""
 
 import itertools
+import json
 import multiprocessing
 import random
 import threading
@@ -15,11 +16,11 @@ from tqdm import tqdm
 from basalt.train import checkpoints
 from basalt.train.checkpoints import learned
 from basalt.train.progress import read_log
-from basalt.train.recipe import Grounding, Recipe
+from basalt.train.recipe import DataSource, Grounding, Recipe
 from basalt.train.stage1_align import train_stage1
 from basalt.train.stage2_instruct import train_stage2
-from basalt.train.stop import Stopped
-from tests.train.runs import masters, same
+from basalt.train.stop import Stop, Stopped, never
+from tests.train.runs import masters, needs_compiler, same
 
 KILLS = 20
 
@@ -30,8 +31,8 @@ def grounded(stage1: Recipe, data: Path, tmp_path_factory: pytest.TempPathFactor
     boxes = tmp_path_factory.mktemp("boxes") / "boxes.json"
     boxes.write_text('{"red-ellipse.png": [["r", 0.0, 0.0, 0.5, 1.0]]}')
     source = stage1.data[0].model_copy(update={"boxes": boxes})
-    update = {"data": [source], "grounding": Grounding(steps=5), "steps": 12, "checkpoint_every": 1, "held_out": None}
-    return stage1.model_copy(update=update)
+    update = {"data": [source], "grounding": Grounding(steps=5), "steps": 12, "checkpoint_every": 1}
+    return stage1.model_copy(update=update | {"held_out": None, "samples": 0})
 
 
 def apart(train: Callable[[Recipe, Path], None], recipe: Recipe, directory: Path) -> None:
@@ -87,6 +88,41 @@ def test_a_run_asked_to_stop_does_so_at_once_and_goes_on(grounded: Recipe, tmp_p
     assert same(masters(tmp_path / "stopped"), masters(tmp_path / "whole"))
     steps = [line["step"] for line in read_log(tmp_path / "stopped")]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("row_length", [160, 400], ids=["plain", "segments"])
+def test_a_compiled_run_that_was_stopped_ends_with_the_same_weights(
+    row_length: int, stage2: Recipe, aligned: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever sizes come first where it goes on."""
+    monkeypatch.setattr("basalt.train.loop.COMPILE_FROM", 1)
+    rng = random.Random(3)
+    names = sorted(path.name for path in (data / "images").iterdir())
+    rows = []
+    for number in range(40):
+        words = rng.choice([1, 3, 6, 10, 20]) * row_length // 160
+        said = " ".join(rng.choice(["red", "green", "oval"]) for _ in range(words))
+        turns = [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": said}]
+        rows.append({"image": names[number % len(names)], "conversations": turns})
+        if number % 3 == 0:
+            rows.append({"conversations": [{"from": "human", "value": "?"}, turns[1]]})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    source = DataSource(rows=tmp_path / "rows.json", images=data / "images")
+    update = {"start": aligned, "dtype": "bfloat16", "row_length": row_length, "rows_per_pass": 1, "data": [source]}
+    recipe = stage2.model_copy(update=update | {"steps": 12})
+
+    def train(directory: Path, stop: Stop = never) -> None:
+        torch._dynamo.reset()  # as a process of its own would begin
+        train_stage2(recipe, directory, stop)
+
+    train(tmp_path / "whole")
+    asked = itertools.chain([False] * 6, [True])
+    with pytest.raises(Stopped):
+        train(tmp_path / "stopped", lambda: next(asked))
+    train(tmp_path / "stopped")
+    assert same(masters(tmp_path / "stopped"), masters(tmp_path / "whole"))
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(

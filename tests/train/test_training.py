@@ -28,7 +28,7 @@ from basalt.train.recipe import DataSource, Recipe, RecipeError
 from basalt.train.stage1_align import train_stage1
 from basalt.train.stage2_instruct import train_stage2
 from tests.tiny_lm import make_lm
-from tests.train.runs import masters, same
+from tests.train.runs import masters, needs_compiler, same
 
 
 def log(run: Path) -> list[dict[str, Any]]:
@@ -55,6 +55,13 @@ def test_stage_1_lowers_the_loss_and_trains_the_projector_alone(stage1: Recipe, 
     assert list(trained) == names
     started = fresh.projector.state_dict()
     assert all(not torch.equal(trained[name].bfloat16(), started[name]) for name in names)
+
+
+def test_without_held_out_rows_those_trained_on_are_shown(stage1: Recipe, tmp_path: Path) -> None:
+    train_stage1(stage1.model_copy(update={"held_out": None, "samples": 2, "steps": 2}), tmp_path / "run")
+    [figures] = log(tmp_path / "run")
+    assert [sample["expected"] for sample in figures["samples"]] == ["A red ellipse.", "A red rectangle."]
+    assert "held_out_loss" not in figures
 
 
 def test_stage_2_goes_on_from_stage_1_and_trains_projector_and_lora(
@@ -255,9 +262,6 @@ def test_steps_too_small_for_bf16_add_up() -> None:
         parameter.sum().backward()
         optimizer.step(1.0, clip=1.0)
     assert parameter[0].item() == pytest.approx(0.98, abs=0.004)
-
-
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="compiling needs a C++ compiler")
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=[pytest.mark.slow, needs_compiler])])
