@@ -68,9 +68,12 @@ def prepare(
         names[reading.home] += reading.names
     data = {reading.home: reading.data for reading in readings}
     features: dict[_Home, FeatureCache | LiveFeatures | None] = {}
+    epochs = recipe.epochs or _epochs(readings, recipe)
     seen, of = 0, sum(len(set(named)) for named in names.values())
     for home, named in names.items():
-        features[home] = _features(named, data[home], recipe, stop, partial(_tell_more, tell, seen, of))
+        shown = sum(reading.source.weight * len(set(reading.names)) for reading in readings if reading.home == home)
+        uses = epochs * shown / max(len(set(named)), 1)
+        features[home] = _features(named, data[home], recipe, uses, stop, partial(_tell_more, tell, seen, of))
         seen += len(set(named))
     return [_grouped(reading, features[reading.home], recipe) for reading in readings]
 
@@ -100,6 +103,17 @@ def _read(source: DataSource, recipe: Recipe, tokenizer: Tokenizer, stop: Stop) 
     return _Reading(source, data, samples, counts, names, home)
 
 
+def _epochs(readings: list[_Reading], recipe: Recipe) -> float:
+    """About how often the recipe's steps go through the data: an image's tokens are dealt once for all its rows."""
+    tokens = 0.0
+    for reading in readings:
+        shown = len(set(reading.names)) - len(reading.names)
+        tokens += reading.source.weight * sum(len(sample.ids) for _, sample in reading.samples)
+        tokens += reading.source.weight * shown * recipe.tower.tokens
+    dealt = (recipe.steps or 0) * recipe.passes_per_step * recipe.rows_per_pass * recipe.row_length
+    return dealt / max(tokens, 1)
+
+
 def _until(stop: Stop, items: Iterable[T]) -> Iterator[T]:
     for number, item in enumerate(items):
         if number % 1024 == 1023 and stop():
@@ -112,17 +126,17 @@ def _tell_more(tell: Callable[[int, int], None], before: int, of: int, seen: int
 
 
 def _features(
-    names: list[str], data: DataSet, recipe: Recipe, stop: Stop, tell: Tell
+    names: list[str], data: DataSet, recipe: Recipe, uses: float, stop: Stop, tell: Tell
 ) -> FeatureCache | LiveFeatures | None:
     if not names:
         return None
     dtype = dtype_of(recipe.dtype, parallel.device())
-    if _kept(names, data, recipe, dtype):
+    if _kept(names, data, recipe, uses, dtype):
         return cached_features(recipe.tower, data, names, recipe.features, dtype, stop, tell)
     return LiveFeatures(recipe.tower, data, names, dtype)
 
 
-def _kept(names: list[str], data: DataSet, recipe: Recipe, dtype: torch.dtype) -> bool:
+def _kept(names: list[str], data: DataSet, recipe: Recipe, uses: float, dtype: torch.dtype) -> bool:
     """Whether features are kept. Of processes that train together the first decides.
 
     Each for itself could find another disk, or another's cache begun: then one would know of broken images that others
@@ -133,7 +147,7 @@ def _kept(names: list[str], data: DataSet, recipe: Recipe, dtype: torch.dtype) -
     if recipe.keep_features is not None:
         return recipe.keep_features
     leading = parallel.rank_and_world()[0] == 0
-    decided = leading and worth_keeping(recipe.tower, data, names, recipe.features, dtype, recipe.epochs)
+    decided = leading and worth_keeping(recipe.tower, data, names, recipe.features, dtype, uses)
     return parallel.added_up([float(decided)]) == [1.0]
 
 

@@ -125,17 +125,21 @@ class LiveFeatures:
 
 
 def worth_keeping(
-    spec: TowerSpec, source: Images, names: list[str], root: Path, dtype: torch.dtype, epochs: float | None
+    spec: TowerSpec, source: Images, names: list[str], root: Path, dtype: torch.dtype, uses: float
 ) -> bool:
     """Whether features fit half of the disk that is free, and are needed more than once; or are there already, be it in
-    part. Says so, and why."""
+    part. Says so, and why.
+
+    Args:
+        uses: how often the run needs each.
+    """
     count = len(set(names))
     size = count * bytes_of_one(spec)
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     begun = (_cache_of(spec, source, names, root, dtype) / FEATURES).is_file()  # by an earlier run, or beside this
-    keep = begun or (size <= free / 2 and (epochs is None or epochs > 1))
-    why = f"{size / 2**30:.1f} GiB of {free / 2**30:.0f} GiB free, each needed {epochs or 'many'} times"
+    keep = begun or (size <= free / 2 and uses > 1)
+    why = f"{size / 2**30:.1f} GiB of {free / 2**30:.0f} GiB free, each needed {uses:.3g} times"
     why = "some are there already" if begun else why
     print(f"{source.path.name}: features of {count} images {'kept' if keep else 'computed each time'} ({why})")
     return keep

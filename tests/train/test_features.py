@@ -78,19 +78,19 @@ def test_a_broken_image_found_on_the_way_is_left_out_until_there_are_too_many(im
         live.of(["2.png"])
 
 
-@pytest.mark.parametrize(("free", "epochs", "worth"), [(10**9, 3, True), (10**4, 3, False), (10**9, 1, False)])
+@pytest.mark.parametrize(("free", "uses", "worth"), [(10**9, 3, True), (10**4, 3, False), (10**9, 1, False)])
 def test_features_are_kept_where_they_fit_and_are_needed_again(
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     free: int,
-    epochs: float,
+    uses: float,
     worth: bool,
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     root = tmp_path / "cache"
-    assert worth_keeping(TOWER, ImageSource(images), ["red.png"], root, torch.float32, epochs) == worth
+    assert worth_keeping(TOWER, ImageSource(images), ["red.png"], root, torch.float32, uses) == worth
     assert ("kept" in capsys.readouterr().out) == worth
 
 
@@ -170,4 +170,4 @@ def test_features_that_were_begun_are_kept_though_the_disk_is_fuller_now(
 ) -> None:
     cached_features(TOWER, ImageSource(images), ["red.png"], tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
-    assert worth_keeping(TOWER, ImageSource(images), ["red.png"], tmp_path, torch.float32, epochs=3)
+    assert worth_keeping(TOWER, ImageSource(images), ["red.png"], tmp_path, torch.float32, uses=3)

@@ -21,6 +21,7 @@ from basalt.model.projector import load_projector
 from basalt.model.vision_encoder import efficientnet_lite_weights
 from basalt.train.checkpoints import learned
 from basalt.train.data import Dealer, prefetched
+from basalt.train.features import FeatureCache, LiveFeatures
 from basalt.train.loop import Run, compile_layers, has_compiler, keep_recipe
 from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.publish import publish
@@ -307,6 +308,16 @@ def test_features_computed_each_time_train_the_same(stage2: Recipe, aligned: Pat
         train_stage2(stage2.model_copy(update=update), tmp_path / str(keep))
         runs[keep] = [entry["loss"] for entry in log(tmp_path / str(keep))]
     assert runs[True] == pytest.approx(runs[False], abs=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "kind"), [(1, LiveFeatures), (40, FeatureCache)])
+def test_features_of_more_images_than_the_steps_need_are_not_computed(
+    steps: int, kind: type, stage1: Recipe, tmp_path: Path
+) -> None:
+    update = {"steps": steps, "rows_per_pass": 1, "passes_per_step": 1, "row_length": 80, "features": tmp_path / "kept"}
+    run = Run(stage1.model_copy(update=update | {"held_out": None}), tmp_path / "run")
+    [source] = run.dealer.sources
+    assert isinstance(source.features, kind)
 
 
 @pytest.mark.parametrize("row_length", [80, 400], ids=["plain", "segments"])
