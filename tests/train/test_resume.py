@@ -91,6 +91,7 @@ def test_a_run_asked_to_stop_does_so_at_once_and_goes_on(grounded: Recipe, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @needs_compiler
 @pytest.mark.parametrize("row_length", [160, 400], ids=["plain", "segments"])
 def test_a_compiled_run_that_was_stopped_ends_with_the_same_weights(
