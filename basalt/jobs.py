@@ -83,10 +83,19 @@ def pause(job: JobId) -> None:
 
 
 @app.command()
-def resume(job: JobId) -> None:
+def resume(
+    job: JobId,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="stage1.steps=N or stage2.steps=N: where it ends; longer or shorter"),
+    ] = None,
+) -> None:
     """Goes on from its checkpoint."""
+    ends = {
+        stage: asked for stage, asked in _wishes(("stage1", "stage2"), set_ or []).items() if asked["hyperparameters"]
+    }
     with _client() as client:
-        typer.echo(client.fine_tuning.jobs.resume(job).status)
+        typer.echo(client.fine_tuning.jobs.resume(job, extra_body=ends or None).status)
 
 
 @app.command()

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
+from basalt.api_errors import bad_request
 from basalt.api_lists import page
 from basalt.object_store import ObjectStore
 from basalt.record import jobs
@@ -17,7 +19,16 @@ from basalt.record.jobs import ENDED, Checkpoint, Event, Job
 from basalt.work.dispatch import Dispatcher
 from basalt.work.events import live
 from services.trainer.resolve import find_in, plan, recipes_of
-from services.trainer.schema import RECIPES, JobRequest, checkpoint_object, event_object, job_object
+from services.trainer.schema import (
+    RECIPES,
+    JobRequest,
+    ResumeRequest,
+    StageName,
+    checkpoint_object,
+    event_object,
+    job_object,
+    request_of,
+)
 from services.trainer.settings import KIND, Settings
 from services.trainer.start import find_version, is_job
 
@@ -103,8 +114,13 @@ def router(settings: Settings, sessions: Sessions, store: ObjectStore, dispatche
         return asked(job_id, "pause")
 
     @routes.post("/{job_id}/resume")
-    def resume(job_id: str) -> dict[str, Any]:
-        return asked(job_id, "run")
+    def resume(job_id: str, wanted: ResumeRequest | None = None) -> dict[str, Any]:
+        """Goes on from where it is. Ours: a stage may be given another number of steps, longer or shorter."""
+        with sessions.begin() as session:
+            for stage, steps in (wanted or ResumeRequest()).ends().items():
+                end_at(session, jobs.get(session, job_id), stage, steps)
+            jobs.ask(session, job_id, "run")
+            return job_object(jobs.get(session, job_id))
 
     @routes.get("/{job_id}/events", response_model=None)
     async def events(
@@ -131,6 +147,27 @@ def router(settings: Settings, sessions: Sessions, store: ObjectStore, dispatche
             return page([shown(item) for item in session.scalars(query.limit(limit + 1))], limit)
 
     return routes
+
+
+def end_at(session: Session, job: Job, stage: StageName, steps: int) -> None:
+    """Has a stage of a job that rests end at step `steps`.
+
+    Raises:
+        APIError: (400) it has no such stage, or is past that step.
+        NotPossible: it does not rest.
+    """
+    request, last = request_of(job), jobs.last_checkpoint(session, job.id, stage)
+    stages = [name for name, _ in request.method.stages()]
+    if job.status not in ("paused", "failed"):
+        raise jobs.NotPossible(f"job {job.id} is {job.status}: its steps can be changed while it is paused")
+    if stage not in stages:
+        raise bad_request(f"job {job.id} has {' and '.join(stages)}, no {stage}", stage)
+    if stage == "stage1" and str(job.progress.get("phase")).startswith("stage2"):
+        raise bad_request(f"stage1 of job {job.id} is done, and stage2 builds on it", "stage1")
+    if last is not None and steps <= last.step:
+        raise bad_request(f"{stage} is at step {last.step}: 'steps' is where it ends, those done counted in", stage)
+    job.request = job.request | request.with_steps(stage, steps).model_dump(mode="json")
+    jobs.add_event(session, job.id, f"{stage} is to end at step {steps}")
 
 
 def _number(after: str | None) -> int | None:

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from basalt.record.jobs import Checkpoint, Event, Job
 
 RECIPES = "recipes"  # of a job's record: those it was accepted with, by stage; files of the server may change since
+StageName = Literal["stage1", "stage2"]
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -47,7 +48,7 @@ class Method(_Request):
     stage1: StageSpec = StageSpec()
     stage2: StageSpec = StageSpec()
 
-    def stages(self) -> list[tuple[Literal["stage1", "stage2"], StageSpec]]:
+    def stages(self) -> list[tuple[StageName, StageSpec]]:
         """What is to be done, in order."""
         if self.type == "supervised":
             return [("stage1", self.supervised), ("stage2", self.supervised)]
@@ -71,6 +72,33 @@ class JobRequest(_Request):
     seed: int | None = Field(default=None, ge=0, lt=2**31)
     metadata: dict[str, str] | None = None
     integrations: list[dict[str, Any]] | None = None
+
+    def with_steps(self, stage: StageName, steps: int) -> "JobRequest":
+        """The same with another number of steps for one stage."""
+        specs = dict(self.method.stages())
+        chosen = specs[stage].hyperparameters.model_dump(exclude={"epochs"}) | {"steps": steps}
+        specs[stage] = StageSpec(hyperparameters=Hyperparameters.model_validate(chosen), data=specs[stage].data)
+        kind = "two_stage" if self.method.type == "supervised" else self.method.type
+        return self.model_copy(update={"method": Method(type=kind, **specs)})
+
+
+class Steps(_Request):
+    steps: int = Field(ge=1)  # in all, those done counted in
+
+
+class StageEnd(_Request):
+    hyperparameters: Steps
+
+
+class ResumeRequest(_Request):
+    """`POST …/resume`, where a stage is to end at another step; said as in `method`."""
+
+    stage1: StageEnd | None = None
+    stage2: StageEnd | None = None
+
+    def ends(self) -> dict[StageName, int]:
+        named: dict[StageName, StageEnd | None] = {"stage1": self.stage1, "stage2": self.stage2}
+        return {name: end.hyperparameters.steps for name, end in named.items() if end is not None}
 
 
 def request_of(job: Job) -> JobRequest:

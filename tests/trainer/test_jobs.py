@@ -170,11 +170,24 @@ def test_a_job_is_paused_and_resumed(trainer: Trainer, rows: bytes, images: byte
     until(trainer, job_id, "paused")
     assert not trainer.training()
     step = max(each.step_number for each in client.fine_tuning.jobs.checkpoints.list(job_id))
-    client.fine_tuning.jobs.resume(job_id)
+
+    def resume_to(stage: str, steps: int) -> None:
+        client.fine_tuning.jobs.resume(job_id, extra_body={stage: {"hyperparameters": {"steps": steps}}})
+
+    with pytest.raises(openai.BadRequestError, match=f"stage1 is at step {step}"):
+        resume_to("stage1", step)
+    resume_to("stage1", step + 10)
+    with pytest.raises(openai.ConflictError, match="can be changed while it is paused"):
+        resume_to("stage1", 3000)
     until(trainer, job_id, "running")
     wait(lambda: max(each.step_number for each in client.fine_tuning.jobs.checkpoints.list(job_id)) > step, 100)
     log = next((trainer.directory / "jobs" / job_id).glob("training.log")).read_text()
-    assert f"going on from step {step}" in log
+    assert f"going on from step {step} of {step + 10}" in log
+    wait(lambda: "stage2" in str(client.fine_tuning.jobs.retrieve(job_id).model_dump()["progress"]["phase"]), 100)
+    client.fine_tuning.jobs.pause(job_id)
+    until(trainer, job_id, "paused")
+    with pytest.raises(openai.BadRequestError, match=r"stage1 of job .* is done"):
+        resume_to("stage1", 3000)
     client.fine_tuning.jobs.cancel(job_id)
     until(trainer, job_id, "cancelled")
     told = [event.data for event in client.fine_tuning.jobs.list_events(job_id, limit=100) if event.type == "metrics"]

@@ -16,8 +16,9 @@ LINE = {"step": 20, "steps": 120, "loss": 1.5, "seconds_per_step": 36.0}
 def two_stages(monkeypatch: pytest.MonkeyPatch) -> Plan:
     for name in ("DATA", "SCENES", "CHAT"):
         monkeypatch.setenv(f"BASALT_{name}", "anywhere")
-    recipes = {name: load_recipe(Path(f"recipes/basalt-tiny/{name}.yaml")) for name in ("stage1", "stage2")}
-    return Plan(name="mine", stages=[Stage(name=name, recipe=recipe) for name, recipe in recipes.items()], lineage={})
+    first, second = (load_recipe(Path(f"recipes/basalt-tiny/{name}.yaml")) for name in ("stage1", "stage2"))
+    stages = [Stage(name="stage1", recipe=first), Stage(name="stage2", recipe=second)]
+    return Plan(name="mine", stages=stages, lineage={})
 
 
 def test_each_phase_says_when_it_ends_and_the_last_one_when_the_job_does(two_stages: Plan) -> None:
