@@ -1,3 +1,4 @@
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,11 @@ def test_of_images_seen_before_no_rate_is_told(tmp_path: Path) -> None:
 
 def test_memory_held_is_that_of_numbers_and_not_of_files_read_in_place(tmp_path: Path) -> None:
     (tmp_path / "zeros").write_bytes(bytes(2**26))
+    gc.collect()  # what other tests left is not freed in the middle
     before = memory_held()
     mapped = np.memmap(tmp_path / "zeros", mode="r")
     assert not mapped.any()
     assert memory_held() - before < 2**25
-    held = np.ones(2**26, dtype=np.uint8)
-    assert memory_held() - before > 0.9 * held.nbytes
+    before = memory_held()
+    held = np.ones(2**28, dtype=np.uint8)
+    assert memory_held() - before > 0.7 * held.nbytes
