@@ -153,8 +153,10 @@ def _train(stage: Callable[..., None], config: Path, out: Path) -> None:
     """Trains, alone or as one of the processes of `torchrun`; Ctrl-C or SIGTERM stops it with a checkpoint."""
     from basalt.train import parallel
     from basalt.train.recipe import load_recipe
+    from basalt.train.said import say_to
     from basalt.train.stop import Stopped
 
+    say_to()
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())

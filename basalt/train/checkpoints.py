@@ -7,12 +7,13 @@ process dies, what lies there under this name is whole, and what a failing disk 
 import hashlib
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from basalt.train.said import log
 
 NAME = re.compile(r"step-(\d{8})\.([0-9a-f]{64})\.pt")
 KEPT = 2  # the last ones; the best by held-out loss is kept besides
@@ -69,7 +70,7 @@ def prune(directory: Path, best_step: int | None) -> None:
             checkpoint.path.unlink(missing_ok=True)
 
 
-def load_last(directory: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+def load_last(directory: Path) -> dict[str, Any] | None:
     """The state of the last whole checkpoint, or None where none was written yet.
 
     Raises:
@@ -79,7 +80,9 @@ def load_last(directory: Path, say: Callable[[str], None]) -> dict[str, Any] | N
     for checkpoint in reversed(checkpoints):
         if file_digest(checkpoint.path) == checkpoint.digest:
             return torch.load(checkpoint.path, map_location="cpu", weights_only=True)  # it may be of a GPU
-        say(f"{checkpoint.path} is damaged: its contents are not of the digest in its name; trying the one before")
+        log.warning(
+            f"{checkpoint.path} is damaged: its contents are not of the digest in its name; trying the one before"
+        )
     if checkpoints:
         raise CheckpointError(f"every checkpoint in {directory / 'checkpoints'} is damaged: remove them to start again")
     return None
@@ -91,7 +94,7 @@ def is_complete(directory: Path) -> bool:
     Raises:
         CheckpointError: there are checkpoints, and all of them are damaged.
     """
-    state = load_last(directory, print)
+    state = load_last(directory)
     return state is not None and state["step"] == state.get("steps")
 
 
@@ -102,7 +105,7 @@ def learned(directory: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         CheckpointError: all there are are damaged.
     """
-    state = load_last(directory, print)
+    state = load_last(directory)
     if state is None:
         raise FileNotFoundError(f"{directory} holds no run of `basalt train`: it has no checkpoint")
     return state

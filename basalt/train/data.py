@@ -1,6 +1,7 @@
 """The rows of a recipe, tokenised and grouped once, and dealt out epoch by epoch, always in the same order."""
 
 import json
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from basalt.model.precision import dtype_of
 from basalt.train import parallel
 from basalt.train.features import FeatureCache, LiveFeatures, Tell, cached_features, worth_keeping
 from basalt.train.recipe import DataSource, Recipe
+from basalt.train.said import log
 from basalt.train.stop import Stop, Stopped, never
 
 T = TypeVar("T")
@@ -157,7 +159,10 @@ def _grouped(reading: _Reading, features: FeatureCache | LiveFeatures | None, re
     counts.check()
     chosen = ((row.images, sample) for row, sample in samples)
     groups = group_samples(chosen, recipe.row_length, recipe.image_token_id)
-    print(f"{source.rows.name}: {counts.rows} rows in {len(groups)} groups; {counts}")
+    log.log(
+        logging.WARNING if counts.dropped else logging.INFO,
+        f"{source.rows.name}: {counts.rows} rows in {len(groups)} groups; {counts}",
+    )
     boxes = {} if source.boxes is None else json.loads(source.boxes.read_text())
     return Source(groups, source.weight, features, boxes)
 

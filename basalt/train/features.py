@@ -25,6 +25,7 @@ from basalt.model.precision import name_of
 from basalt.model.vision_encoder import load_vision_encoder
 from basalt.train import parallel
 from basalt.train.alone import alone
+from basalt.train.said import log
 from basalt.train.stop import Stop, Stopped, never
 
 DECODERS = 8  # threads that decode images
@@ -141,7 +142,7 @@ def worth_keeping(
     keep = begun or (size <= free / 2 and uses > 1)
     why = f"{size / 2**30:.1f} GiB of {free / 2**30:.0f} GiB free, each needed {uses:.3g} times"
     why = "some are there already" if begun else why
-    print(f"{source.path.name}: features of {count} images {'kept' if keep else 'computed each time'} ({why})")
+    log.info(f"{source.path.name}: features of {count} images {'kept' if keep else 'computed each time'} ({why})")
     return keep
 
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from basalt.train.plan import PLAN, PUBLISHED, REFUSAL, Plan, Refusal
+from basalt.train.plan import PLAN, PUBLISHED, REFUSAL, SAID, Plan, Refusal
+from basalt.train.said import log, say_to
 from basalt.train.stop import Stop
 
 DONE, REFUSED, NO_ROOM, NO_MEMORY, STOPPED = 0, 3, 4, 5, 75
@@ -34,6 +35,7 @@ def main(directory: Path) -> int:
     from basalt.train.checkpoints import CheckpointError
     from basalt.train.stop import Stopped
 
+    say_to(directory / SAID)
     plan = Plan.model_validate_json((directory / PLAN).read_text())
     at: list[str] = []  # the stages begun
     try:
@@ -41,7 +43,7 @@ def main(directory: Path) -> int:
         with alone(directory, asked.is_set):
             run(plan, directory, asked.is_set, at.append)
     except Stopped as stopped:
-        print(stopped, flush=True)
+        log.info(str(stopped))
         return STOPPED
     except (
         ValueError,
@@ -74,6 +76,7 @@ def run(plan: Plan, directory: Path, stop: Stop, begin: Callable[[str], None]) -
         out = directory / stage.name
         if stage.name != last and is_complete(out):
             continue  # its data need not be read again
+        log.info(f"{stage.name}: reading its data")
         if stage.name == "stage1":
             train_stage1(stage.recipe, out, stop)
         else:

@@ -29,6 +29,7 @@ from basalt.train.optimizer import MasterAdamW, rate_factor
 from basalt.train.phase import Phase
 from basalt.train.progress import Looking, Tally
 from basalt.train.recipe import Recipe, RecipeError
+from basalt.train.said import log
 from basalt.train.samples import Sample, answers, sample_of
 from basalt.train.start import read_start
 from basalt.train.stop import Stop, never
@@ -236,6 +237,7 @@ class Run:
         that goes on would end with other weights than one never stopped. What these passes' kernels do not fit is run
         as it is.
         """
+        log.info("Compiling the LM's layers")
         for step in range(2):
             for batch in self.dealer.step(step).batches[:2]:
                 self._loss(model, batch).backward()
@@ -334,7 +336,7 @@ def compile_layers(layers: nn.ModuleList) -> bool:
     on_gpu = parallel.device().type == "cuda"
     if not has_compiler(on_gpu=on_gpu):
         wanted = "C compiler ($CC, gcc or clang)" if on_gpu else "C++ compiler ($CXX or g++)"
-        print(f"the LM's layers are not compiled, which would be faster: there is no {wanted}", flush=True)
+        log.warning(f"the LM's layers are not compiled, which would be faster: there is no {wanted}")
         return False
     torch._dynamo.config.recompile_limit = 64  # sizes, with and without gradients
     for layer in layers:

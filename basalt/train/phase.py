@@ -15,6 +15,7 @@ import torch.distributed as dist
 from basalt.train import checkpoints
 from basalt.train.data import prefetched
 from basalt.train.progress import EVERY, Tally, Telling, read_log
+from basalt.train.said import log
 from basalt.train.stop import Stop, Stopped
 
 B = TypeVar("B")
@@ -71,12 +72,12 @@ class Phase(Generic[B]):
                     raise Stopped(f"stopped at step {step} of {self.steps}; started again, it goes on from there")
 
     def _resume(self) -> int:
-        state = checkpoints.load_last(self.directory, lambda text: print(text, flush=True))
+        state = checkpoints.load_last(self.directory)
         if state is None:
             return 0
         self.load(state)
         torch.set_rng_state(state["rng"])
-        print(f"{self.name}: going on from step {state['step']} of {self.steps}", flush=True)
+        log.info(f"{self.name}: going on from step {state['step']} of {self.steps}")
         return state["step"]
 
     def _stopping(self) -> bool:

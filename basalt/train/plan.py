@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from basalt.train.recipe import Recipe
 
-PLAN, REFUSAL, PUBLISHED = "plan.json", "refusal.json", "published"
+PLAN, SAID, REFUSAL, PUBLISHED = "plan.json", "said.jsonl", "refusal.json", "published"
 
 
 class Stage(BaseModel):

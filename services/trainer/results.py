@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from basalt.object_store import ObjectStore
-from basalt.train.plan import PLAN, Plan
+from basalt.train.plan import PLAN, SAID, Plan
 
 COLUMNS = ["phase", "step", "loss", "held_out_loss", "learning_rate", "tokens_per_second"]
 
@@ -28,12 +28,21 @@ def phases(plan: Plan) -> Iterator[tuple[str, str]]:
 def lines(directory: Path, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
     """(phase, figures) of all phases in the order they are run."""
     for phase, folder in phases(plan):
-        path = directory / folder / "log.jsonl"
-        for text in path.read_text().splitlines() if path.is_file() else []:
-            try:
-                yield phase, json.loads(text)
-            except json.JSONDecodeError:
-                break  # being written
+        for line in _whole_lines(directory / folder / "log.jsonl"):
+            yield phase, line
+
+
+def said(directory: Path) -> list[dict[str, str]]:
+    """What the process said besides its figures, as `level` and `message`."""
+    return list(_whole_lines(directory / SAID))
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError:
+            return  # being written
 
 
 def told(phase: str, line: dict[str, Any]) -> str:

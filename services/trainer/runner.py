@@ -27,7 +27,7 @@ from basalt.record.jobs import Checkpoint, Job, LeaseLost
 from basalt.registry import publish
 from basalt.supervisor import end_with_parent
 from basalt.train.job import DONE, NO_MEMORY, NO_ROOM, NO_SPACE, REFUSED, STOPPED
-from basalt.train.plan import PLAN, PUBLISHED, REFUSAL, Plan, Refusal
+from basalt.train.plan import PLAN, PUBLISHED, REFUSAL, SAID, Plan, Refusal
 from basalt.work.lease import AT_REST, UNREACHABLE, Lease, Outcome, work_on
 from services.trainer import results
 from services.trainer.disk import tidy
@@ -79,6 +79,7 @@ class Attempt:
         self.directory = runner.settings.work.resolve() / job.id
         with runner.sessions() as session:  # phase → the last step whose figures were told, by others before
             self.told = {data["phase"]: data["step"] for data in jobs.metrics(session, job.id)}
+        self.said = 0  # lines that the process said and that were told
         self.kept: dict[str, int] = {}  # stage → the last step whose checkpoint is in the object store
 
     def outcome(self) -> Outcome:
@@ -105,7 +106,8 @@ class Attempt:
         except APIError as error:
             return self._failed(error.code or "invalid_training_job", error.message)
         (self.directory / PLAN).write_text(prepared.model_dump_json())
-        (self.directory / REFUSAL).unlink(missing_ok=True)
+        for of_before in (REFUSAL, SAID):
+            (self.directory / of_before).unlink(missing_ok=True)
         self.tell(
             f"Training on {self.job.worker}" + ("" if self.job.attempts == 1 else f", attempt {self.job.attempts}")
         )
@@ -256,10 +258,12 @@ class Attempt:
         return process.returncode
 
     def _read_logs(self, prepared: Plan) -> None:
-        """Tells new figures as events, and the last as the job's progress."""
+        """Tells as events what is newly said, and new figures; the last are the job's progress."""
         progress: dict[str, Any] | None = None
-        told = dict(self.told)
+        told, said = dict(self.told), results.said(self.directory)
         with self.sessions.begin() as session:
+            for line in said[self.said :]:
+                jobs.add_event(session, self.job.id, line["message"], level=line["level"])
             for phase, line in results.lines(self.directory, prepared):
                 if line["step"] <= told.get(phase, 0):
                     continue
@@ -268,7 +272,7 @@ class Attempt:
                 data = {"phase": phase, "train_loss": line.get("loss"), **figures}
                 jobs.add_event(session, self.job.id, results.told(phase, line), data=data)
                 progress = {"phase": phase, **figures, **results.finishes(phase, line, prepared)}
-        self.told = told
+        self.told, self.said = told, len(said)
         if progress is not None:
             self.lease.renew(progress=progress, attempts=0)  # it gets on: how it ended before does not count
 

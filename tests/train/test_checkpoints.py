@@ -32,7 +32,7 @@ def test_a_full_disk_is_told_as_such_and_the_last_checkpoint_stays(small_disk: P
     with pytest.raises(OSError, match="No space left"):
         checkpoints.save(small_disk, 2, {"weights": torch.ones(10**6)})
     assert [path.name for path in (small_disk / "checkpoints").iterdir()] == [kept.path.name]
-    state = checkpoints.load_last(small_disk, print)
+    state = checkpoints.load_last(small_disk)
     assert state is not None
     assert len(state["weights"]) == 1000
 

@@ -83,15 +83,16 @@ def test_features_are_kept_where_they_fit_and_are_needed_again(
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     free: int,
     uses: float,
     worth: bool,
 ) -> None:
+    caplog.set_level("INFO")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     root = tmp_path / "cache"
     assert worth_keeping(TOWER, ImageSource(images), ["red.png"], root, torch.float32, uses) == worth
-    assert ("kept" in capsys.readouterr().out) == worth
+    assert ("kept" in caplog.text) == worth
 
 
 def test_a_cache_that_was_stopped_or_killed_is_gone_on_with(

@@ -127,13 +127,13 @@ def test_a_compiled_run_that_was_stopped_ends_with_the_same_weights(
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_taken(
-    grounded: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    grounded: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     train_stage1(grounded, tmp_path / "run")
     before, last = checkpoints.saved(tmp_path / "run")
     last.path.write_bytes(last.path.read_bytes()[:-1])
     assert learned(tmp_path / "run")["step"] == before.step == grounded.steps - 1
-    assert "is damaged" in capsys.readouterr().out
+    assert "is damaged" in caplog.text
     before.path.write_bytes(b"")
     with pytest.raises(checkpoints.CheckpointError, match="every checkpoint"):
         train_stage1(grounded, tmp_path / "run")
@@ -145,6 +145,6 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
         checkpoints.prune(tmp_path, best_step=2)
     assert [checkpoint.step for checkpoint in checkpoints.saved(tmp_path)] == [2, 5, 6]
     (tmp_path / "checkpoints" / "unfinished").write_bytes(b"half")
-    state = checkpoints.load_last(tmp_path, print)
+    state = checkpoints.load_last(tmp_path)
     assert state is not None
     assert state["value"] == 6

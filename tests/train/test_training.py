@@ -347,12 +347,12 @@ def test_an_image_that_turns_out_broken_ends_no_run(row_length: int, stage1: Rec
 
 
 def test_layers_are_run_as_they_are_where_no_compiler_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     layers = nn.ModuleList([nn.Linear(2, 2)])
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     compile_layers(layers)
-    assert "there is no C++ compiler ($CXX or g++)" in capsys.readouterr().out
+    assert "there is no C++ compiler ($CXX or g++)" in caplog.text
     assert layers[0]._compiled_call_impl is None
 
 

@@ -61,6 +61,9 @@ def test_a_job_trains_both_stages_and_publishes(
     local = LocalAssistant(load_assistant(tmp_path / "shapes"), trainer.directory / "tiny-lm")
     assert local.answer([([{"role": "user", "content": "Hello!"}], [])], max_new_tokens=2)
     assert job.trained_tokens and job.finished_at
+    said = [event["message"] for event in told if event["type"] == "message"]
+    assert any(each.startswith("rows.json: ") and each.endswith("none dropped") for each in said)
+    assert said.index("stage1: reading its data") < said.index("stage2: reading its data")
     seen, *measured = [event["data"] for event in told if event["type"] == "metrics"]
     assert (seen["phase"], seen["step"]) == ("stage1 features", seen["steps"])
     assert [(each["phase"], each["step"]) for each in measured][-1] == ("stage2", 20)
@@ -181,8 +184,8 @@ def test_a_job_is_paused_and_resumed(trainer: Trainer, rows: bytes, images: byte
         resume_to("stage1", 3000)
     until(trainer, job_id, "running")
     wait(lambda: max(each.step_number for each in client.fine_tuning.jobs.checkpoints.list(job_id)) > step, 100)
-    log = next((trainer.directory / "jobs" / job_id).glob("training.log")).read_text()
-    assert f"going on from step {step} of {step + 10}" in log
+    said = [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)]
+    assert f"stage1: going on from step {step} of {step + 10}" in said
     wait(lambda: "stage2" in str(client.fine_tuning.jobs.retrieve(job_id).model_dump()["progress"]["phase"]), 100)
     client.fine_tuning.jobs.pause(job_id)
     until(trainer, job_id, "paused")
