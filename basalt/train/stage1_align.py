@@ -25,4 +25,4 @@ def train_stage1(recipe: Recipe, directory: Path, stop: Stop = never) -> None:
         embeddings = run.lm.get_input_embeddings().weight.detach()
         grounder = Grounder(run.dealer.sources, recipe.tower, embeddings, run.tokenizer.tokenizer)
         grounder.train(run, recipe.grounding, stop)
-    run.train("stage 1", *assemble(run.projector, run.lm, recipe), stop)
+    run.train("stage1", *assemble(run.projector, run.lm, recipe), stop)

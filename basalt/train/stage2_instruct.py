@@ -28,6 +28,6 @@ def train_stage2(recipe: Recipe, directory: Path, stop: Stop = never) -> None:
     torch.manual_seed(recipe.seed)  # the same LoRA in every process
     adapter = None if run.start is None else run.start.adapter
     model, optimizer = assemble(run.projector, run.lm, recipe, adapter)
-    run.train("stage 2", model, optimizer, stop)
+    run.train("stage2", model, optimizer, stop)
     if parallel.rank_and_world()[0] == 0:
         model.lm.save_pretrained(str(directory / "lora"))

@@ -126,7 +126,8 @@ class Attempt:
             return self._with_less_memory(prepared, refusal)
         if code == REFUSED and refusal is not None:
             return self._failed(refusal.code, refusal.message)
-        return "queued", {}, f"The training process ended with {_told(code)}; it is tried again. {self._last_words()}"
+        words = "" if code < 0 else f". {self._last_words()}"  # a killed process had no time for any
+        return "queued", {}, f"The training process ended with {_told(code)}; it is tried again{words}"
 
     def _to_rest(self) -> bool:
         return self.lease.wanted != "run" or self.stopping()
