@@ -14,6 +14,7 @@ from torch import Tensor
 
 from basalt.train import parallel
 from basalt.train.curves import open_curves
+from basalt.train.said import whole_lines
 
 EVERY = 20  # steps
 LOOKS_EVERY = 20.0  # seconds
@@ -149,15 +150,7 @@ class Looking:
 
 def read_log(directory: Path) -> list[dict[str, Any]]:
     """The lines of a phase's log; one that a killed process left unfinished is left out."""
-    if not (directory / LOG).is_file():
-        return []
-    lines = []
-    for line in (directory / LOG).read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return list(whole_lines(directory / LOG))
 
 
 def memory_held() -> int:

@@ -6,7 +6,9 @@ events.
 
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger("basalt.train")
 
@@ -33,3 +35,12 @@ def say_to(path: Path | None = None) -> None:
     """Prints what is said from now on, and where a file is named keeps it there too."""
     log.setLevel(logging.INFO)
     log.handlers = [_Printed()] if path is None else [_Printed(), _Kept(path)]
+
+
+def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file of lines, if it is there, up to one that is being written or was left unfinished."""
+    for text in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError:
+            return

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import json
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,6 +11,7 @@ from typing import Any
 
 from basalt.object_store import ObjectStore
 from basalt.train.plan import PLAN, SAID, Plan
+from basalt.train.said import whole_lines
 
 COLUMNS = ["phase", "step", "loss", "held_out_loss", "learning_rate", "tokens_per_second"]
 
@@ -28,21 +28,13 @@ def phases(plan: Plan) -> Iterator[tuple[str, str]]:
 def lines(directory: Path, plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
     """(phase, figures) of all phases in the order they are run."""
     for phase, folder in phases(plan):
-        for line in _whole_lines(directory / folder / "log.jsonl"):
+        for line in whole_lines(directory / folder / "log.jsonl"):
             yield phase, line
 
 
 def said(directory: Path) -> list[dict[str, str]]:
     """What the process said besides its figures, as `level` and `message`."""
-    return list(_whole_lines(directory / SAID))
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            yield json.loads(text)
-        except json.JSONDecodeError:
-            return  # being written
+    return list(whole_lines(directory / SAID))
 
 
 def told(phase: str, line: dict[str, Any]) -> str:
@@ -68,10 +60,8 @@ def finishes(phase: str, line: dict[str, Any], plan: Plan) -> dict[str, int | No
 
 def metrics_at(stage: Path, step: int) -> dict[str, Any]:
     """OpenAI's names for the figures of a checkpoint."""
-    path = stage / "log.jsonl"
     found: dict[str, Any] = {}
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        line = json.loads(text)
+    for line in whole_lines(stage / "log.jsonl"):
         if line["step"] <= step:
             found = line
     named = {"train_loss": found.get("loss"), "full_valid_loss": found.get("held_out_loss")}
