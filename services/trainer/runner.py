@@ -34,7 +34,7 @@ from services.trainer.disk import tidy
 from services.trainer.resolve import find_in, plan, recipes_of
 from services.trainer.schema import RECIPES, request_of
 from services.trainer.settings import Settings
-from services.trainer.start import bring_version, is_job
+from services.trainer.start import bring_version, is_job, settle_name
 
 log = logging.getLogger("basalt.trainer")
 
@@ -330,7 +330,9 @@ class Attempt:
         model = asyncio.run(publish(self.store, self.directory / PUBLISHED / prepared.name))
         tokens = results.trained_tokens(self.directory, prepared)
         result = {"model": model, "files": self._result_files(), "trained_tokens": tokens}
-        return "succeeded", {"result": result}, f"Published {model}"
+        with self.sessions.begin() as session:
+            meant = settle_name(model, session, self.store, self.settings.models_dir)
+        return "succeeded", {"result": result}, f"Published {model}; {_meaning(model, meant)}"
 
     def _result_files(self) -> list[str]:
         """The job's log and its figures, as files for download."""
@@ -382,6 +384,14 @@ class Attempt:
     def _last_words(self) -> str:
         lines = (self.directory / LOG).read_text(errors="replace").strip().splitlines()
         return lines[-1][:300] if lines else ""
+
+
+def _meaning(published: str, meant: str | None) -> str:
+    name = published.partition("@")[0]
+    if published == meant:
+        return f"{name!r} means it"
+    still = "means none of its versions yet" if meant is None else f"still means {meant}"
+    return f"{name!r} {still}: `basalt models promote {published}` changes that"
 
 
 def _told(code: int) -> str:

@@ -1,6 +1,7 @@
-"""What a job of stage 2 starts from: another job's stage 1, or a published assistant."""
+"""The versions a job has to do with: what one of stage 2 starts from, and what the name of a published one means."""
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 from sqlalchemy.orm import Session
@@ -10,7 +11,7 @@ from basalt.api_errors import bad_request, unavailable
 from basalt.assistants import Assistant, AssistantError, Manifest, load_assistants
 from basalt.catalog import Catalog, UnknownAssistant
 from basalt.object_store import ObjectStore, StoreUnavailable
-from basalt.record.aliases import aliases_of
+from basalt.record.aliases import AliasError, aliases_of, set_alias
 
 
 def is_job(start: str) -> bool:
@@ -55,6 +56,28 @@ def bring_version(reference: str, models: Path, versions: Path, store: ObjectSto
         return asyncio.run(Catalog(models, versions, store).find(reference))
     except (UnknownAssistant, AssistantError) as error:
         raise bad_request(str(error), "start") from error
+
+
+def settle_name(published: str, session: Session, store: ObjectStore, models: Path) -> str | None:
+    """What the bare name of a version just published means, as NAME@HEX; None where it means none of several.
+
+    The first version of a name becomes its `production`: the next one then changes nothing for those who ask for the
+    name, until it is promoted.
+
+    Raises:
+        StoreUnavailable: the object store is.
+    """
+    name = published.partition("@")[0]
+    aliases = aliases_of(session, name)
+    try:
+        local = load_assistants(models).get(name)
+        meant = _resolve(name, None, aliases, store, local)
+    except AssistantError:
+        return None
+    if local is None and registry.PRODUCTION not in aliases:
+        with suppress(AliasError):  # somebody else was first
+            set_alias(session, name, registry.PRODUCTION, meant, expected=None)
+    return f"{name}@{meant.removeprefix('sha256:')}"
 
 
 def _resolve(
