@@ -3,6 +3,11 @@
 from basalt.assistants import Manifest
 from basalt.train.recipe import Recipe
 
+KEEPS_AN_ASSISTANT = (
+    "keep_start is the share of an assistant's projector and LoRA that is kept: it needs stage 2, "
+    "with an assistant that has a LoRA as its start; leave it out, or name one"
+)
+
 
 def misfits(manifest: Manifest, recipe: Recipe, lm_dim: int | None) -> dict[str, str]:
     """What of an assistant is not as the recipe has it: the field → both values in words; empty where it fits.

@@ -34,7 +34,7 @@ from basalt.train.samples import Sample, answers, sample_of
 from basalt.train.start import read_start
 from basalt.train.stop import Stop, never
 
-MAY_CHANGE = ("steps", "epochs", "decay", "checkpoint_every", "split")  # when a run goes on
+MAY_CHANGE = ("steps", "epochs", "decay", "checkpoint_every", "split", "keep_start")  # when a run goes on
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 PLAIN_UP_TO = 384  # tokens of a row; measured on two CPU cores
 COMPILE_FROM = 100  # steps: in fewer, compiling takes longer than it saves

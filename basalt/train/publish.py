@@ -1,11 +1,13 @@
 """From a finished run to an assistant the services load: its files, and the manifest that names them by digest."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig
 
 from basalt.assistants import (
@@ -27,6 +29,7 @@ from basalt.train.checkpoints import learned
 from basalt.train.digests import rows_digest, tower_digest, weights_digest
 from basalt.train.progress import read_log
 from basalt.train.recipe import Recipe
+from basalt.train.start import read_start
 
 MEASURED = ("step", "loss", "held_out_loss")  # of a run's log
 VERSION = "version"  # file in a run's directory: NAME@HEX of what was last published from it
@@ -59,6 +62,11 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
     projector = Projector(recipe.tower.width, recipe.projector_hidden, base_lm.lm_dim)
     projector.take(state["projector"], str(run))
     folded = projector.folded(state["standardizer"]["mean"], state["standardizer"]["std"])
+    adapter = None if recipe.lora is None else load_file(run / "lora" / ADAPTER)
+    start = read_start(recipe, base_lm.lm_dim) if recipe.keep_start else None
+    if start is not None and start.adapter is not None and adapter is not None:
+        folded.load_state_dict(_mean(folded.state_dict(), start.projector.state_dict(), recipe.keep_start))
+        adapter = _mean(adapter, load_file(start.adapter / ADAPTER), recipe.keep_start)
 
     with replacing(models / name) as directory:
         folded.to(torch.float16).save(str(directory / "projector.safetensors"))
@@ -72,7 +80,7 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
                 hidden=recipe.projector_hidden,
             ),
             base_lm=base_lm,
-            lora=None if recipe.lora is None else _adapter(run, directory / "lora", recipe.lora.rank),
+            lora=None if adapter is None else _adapter(adapter, run, directory / "lora"),
             chat_template="chat_template.jinja",
             lineage={
                 "run": _record(run),
@@ -92,12 +100,17 @@ def _recipe(run: Path) -> Recipe:
     return Recipe.model_validate_json((run / "recipe.json").read_text())
 
 
-def _adapter(run: Path, directory: Path, rank: int) -> LoRASpec:
-    """The run's LoRA in bf16."""
+def _mean(learned: dict[str, Tensor], start: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Of both weights by name, float32; `share` of it is the start's."""
+    return {name: torch.lerp(value.float(), start[name].float(), share) for name, value in learned.items()}
+
+
+def _adapter(weights: dict[str, Tensor], run: Path, directory: Path) -> LoRASpec:
+    """The run's LoRA with these weights, in bf16."""
     directory.mkdir()
     shutil.copy(run / "lora" / ADAPTER_CONFIG, directory)
-    weights = load_file(run / "lora" / ADAPTER)
     save_file({key: value.to(torch.bfloat16) for key, value in weights.items()}, directory / ADAPTER)
+    rank = json.loads((directory / ADAPTER_CONFIG).read_text())["r"]
     return LoRASpec(dir=directory.name, digest=sha256((directory / ADAPTER).read_bytes()), rank=rank)
 
 

@@ -65,6 +65,9 @@ class Recipe(_Part):
     held_out: DataSource | None = None  # its loss is measured as training goes
     samples: int = Field(default=3, ge=0)  # questions whose answers are shown as training goes, held out if there are
     start: ExpandedPath | None = None  # a stage 1 run, or an assistant's directory, that is trained on
+    # Of the assistant trained on, its share in what is published, the rest being what was learned: the mean of both
+    # weights forgets less (WiSE-FT, Wortsman et al. 2022).
+    keep_start: float = Field(default=0.0, ge=0, lt=1)
     grounding: Grounding | None = None
     lora: LoRA | None = None
     projector_learning_rate: float = Field(gt=0)

@@ -9,7 +9,7 @@ from basalt.assistants import MANIFEST, load_assistant
 from basalt.catalog import reference
 from basalt.model.projector import Projector, load_projector
 from basalt.train.checkpoints import learned
-from basalt.train.fit import misfits
+from basalt.train.fit import KEEPS_AN_ASSISTANT, misfits
 from basalt.train.lora import check_adapter
 from basalt.train.recipe import Recipe, RecipeError
 
@@ -34,18 +34,20 @@ def read_start(recipe: Recipe, lm_dim: int) -> Start | None:
     """The recipe's `start`; None where it names none.
 
     Raises:
-        RecipeError: the assistant does not fit the recipe; tells both.
+        RecipeError: the assistant does not fit the recipe; tells both. Or a share is to be kept of what is none.
         AssistantError: the run's projector has other widths, or files of the assistant are missing or changed.
         FileNotFoundError: there is neither an assistant nor a checkpoint.
     """
+    assistant = load_assistant(recipe.start) if recipe.start and (recipe.start / MANIFEST).is_file() else None
+    if recipe.keep_start and (assistant is None or assistant.manifest.lora is None or recipe.lora is None):
+        raise RecipeError(KEEPS_AN_ASSISTANT)
     if recipe.start is None:
         return None
-    if not (recipe.start / MANIFEST).is_file():
+    if assistant is None:
         state = learned(recipe.start)
         projector = Projector(recipe.tower.width, recipe.projector_hidden, lm_dim)
         projector.take(state["projector"], f"{recipe.start}, where this run starts,")
         return Start(projector, state["standardizer"])
-    assistant = load_assistant(recipe.start)
     spec = assistant.manifest
     if told := misfits(spec, recipe, lm_dim):
         raise RecipeError(f"{recipe.start}, where this run starts, does not fit: {'; '.join(told.values())}")

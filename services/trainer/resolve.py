@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from basalt.api_errors import bad_request
 from basalt.assistants import Manifest
 from basalt.record.jobs import Job
-from basalt.train.fit import misfits
+from basalt.train.fit import KEEPS_AN_ASSISTANT, misfits
 from basalt.train.plan import Plan, Stage
 from basalt.train.recipe import Recipe
 from services.trainer.schema import DataSpec, Hyperparameters, JobRequest, StageSpec
@@ -78,6 +78,8 @@ def plan(
             raise bad_request(f"method.{name}: {field}: {first['msg']}", f"method.{name}.hyperparameters") from None
     if isinstance(parent, Manifest):
         _check_version(parent, request.model, stages[-1].recipe)
+    if any(stage.recipe.keep_start for stage in stages) and not (isinstance(parent, Manifest) and parent.lora):
+        raise bad_request(KEEPS_AN_ASSISTANT, f"method.{stages[-1].name}.hyperparameters.keep_start")
     lineage = {"job": job_id, "recipe": request.model, "request": request.model_dump(mode="json")}
     if isinstance(parent, Job):  # of a version the run itself tells
         lineage["parent"] = (parent.result or {}).get("model")

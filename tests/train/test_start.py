@@ -42,6 +42,11 @@ def begin(recipe: Recipe, directory: Path) -> tuple[Run, MultimodalLlama]:
     return run, MultimodalLlama(None, run.projector, lm, recipe.image_token_id)
 
 
+def weights(assistant: Assistant) -> dict[str, torch.Tensor]:
+    files = ("projector.safetensors", "lora/adapter_model.safetensors")
+    return {name: value for file in files for name, value in load_file(assistant.path(file)).items()}
+
+
 def test_unfolding_is_the_inverse_of_folding() -> None:
     torch.manual_seed(0)
     projector, features = Projector(24, 32, 16), torch.randn(8, 24) * 3 + 2
@@ -79,6 +84,30 @@ def test_projector_and_lora_are_trained_on_and_the_parent_is_named(
     assert 0 < min(changes) <= max(changes) < 0.02  # four steps of at most 0.002, and bf16
     child = publish(tmp_path / "run", "child", tmp_path / "models", {})
     assert child.manifest.lineage["parent"] == reference(assistant)
+
+
+def test_a_share_of_the_assistant_is_kept_in_what_is_published(
+    going_on: Recipe, assistant: Assistant, tmp_path: Path
+) -> None:
+    def published(share: float) -> dict[str, torch.Tensor]:
+        recipe = going_on.model_copy(update={"keep_start": share})
+        train_stage2(recipe, tmp_path / "run")  # once: of a finished run the share may still be changed
+        return weights(publish(tmp_path / "run", "child", tmp_path / "models", {}))
+
+    start, learned, both = weights(assistant), published(0.0), published(0.25)
+    assert not same(learned, start)
+    for name, value in both.items():
+        mean = 0.25 * start[name].float() + 0.75 * learned[name].float()
+        torch.testing.assert_close(value.float(), mean, rtol=2**-7, atol=2e-4)  # all three are stored in bf16
+
+
+@pytest.mark.parametrize("start", ["a run of stage 1", "an assistant without a LoRA"])
+def test_a_share_is_kept_only_of_an_assistant_with_a_lora(
+    start: str, going_on: Recipe, aligned: Path, tmp_path: Path
+) -> None:
+    path = aligned if start == "a run of stage 1" else publish(aligned, "plain", tmp_path / "models", {}).directory
+    with pytest.raises(RecipeError, match="keep_start is the share of an assistant's projector and LoRA"):
+        Run(going_on.model_copy(update={"start": path, "keep_start": 0.5}), tmp_path / "run")
 
 
 def test_an_assistant_without_a_lora_begins_with_a_fresh_one(going_on: Recipe, aligned: Path, tmp_path: Path) -> None:

@@ -155,13 +155,23 @@ def test_stage_2_goes_on_from_a_published_assistant(
     for kind, start in (("two_stage", parent), ("stage2", None)):
         with pytest.raises(openai.BadRequestError, match="'start' belongs to a method of type 'stage2'"):
             job(kind, start=start)
-    second = job("stage2", start="grown", name="further")
+    with pytest.raises(openai.BadRequestError, match="keep_start is the share of an assistant's projector and LoRA"):
+        job("two_stage", keep_start=0.5)
+    second = job("stage2", start="grown", keep_start=0.5)
     until(trainer, second, "succeeded")
     for name in ("BASALT_STORE", "BASALT_DATABASE"):
         monkeypatch.setenv(name, trainer.environment[name])
-    shown = CliRunner().invoke(app, ["models", "show", str(client.fine_tuning.jobs.retrieve(second).fine_tuned_model)])
+    further = str(client.fine_tuning.jobs.retrieve(second).fine_tuned_model)
+    shown = CliRunner().invoke(app, ["models", "show", further])
     lineage = json.loads(shown.stdout)["manifest"]["lineage"]
     assert lineage["parent"] == lineage["request"]["start"] == parent
+    # Who asks for the name goes on getting the first version, until the second is promoted.
+    last = [client.fine_tuning.jobs.list_events(job_id, limit=1).data[0].message for job_id in (first, second)]
+    assert last[0] == f"Published {parent}; 'grown' means it"
+    still = f"'grown' still means {parent}: `basalt models promote {further}` changes that"
+    assert last[1] == f"Published {further}; {still}"
+    meant = json.loads(CliRunner().invoke(app, ["models", "show", "grown"]).stdout)
+    assert (meant["version"], meant["aliases"]) == (parent, ["production"])
 
 
 def test_a_job_is_paused_and_resumed(trainer: Trainer, rows: bytes, images: bytes) -> None:
