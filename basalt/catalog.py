@@ -110,7 +110,7 @@ class Catalog:
 
 def reference(assistant: Assistant) -> str:
     """NAME@HEX: one version exactly."""
-    return f"{assistant.name}@{_hex(assistant)}"
+    return registry.written(assistant.name, assistant.version)
 
 
 def _hex(assistant: Assistant) -> str:

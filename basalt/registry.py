@@ -38,6 +38,11 @@ class DamagedPart(AssistantError):
     """A part of a version is missing in the object store, or is not what its digest says."""
 
 
+def written(name: str, version: str) -> str:
+    """NAME@HEX of a version, sha256:…"""
+    return f"{name}@{version.removeprefix('sha256:')}"
+
+
 async def publish(store: ObjectStore, directory: Path) -> str:
     """Puts an assistant's directory into the registry; returns NAME@HEX.
 
@@ -55,7 +60,7 @@ async def publish(store: ObjectStore, directory: Path) -> str:
     for relative, digest in assistant.manifest.digests.items():
         await store.put_file(_part_key(digest), assistant.path(relative))
     await store.put(_manifest_key(assistant.name, assistant.version), assistant.path(MANIFEST).read_bytes())
-    return f"{assistant.name}@{assistant.version.removeprefix('sha256:')}"
+    return written(assistant.name, assistant.version)
 
 
 async def names(store: ObjectStore) -> list[str]:

@@ -83,7 +83,7 @@ def list_versions(models: Models = Path("models")) -> None:
         with _sessions()() as session:
             for (name, version), found in sorted(places.items()):
                 aliases = ", ".join(_pointing(session, name, version))
-                typer.echo(f"{_written(name, version)}\t{aliases or '-'}\t{', '.join(found)}")
+                typer.echo(f"{registry.written(name, version)}\t{aliases or '-'}\t{', '.join(found)}")
 
     plainly(work)
 
@@ -101,7 +101,11 @@ def show(reference: Reference) -> None:
             manifest = asyncio.run(registry.read_manifest(_store(), name, version))
         with _sessions()() as session:
             aliases = _pointing(session, name, version)
-        told = {"version": _written(name, version), "aliases": aliases, "manifest": manifest.model_dump(mode="json")}
+        told = {
+            "version": registry.written(name, version),
+            "aliases": aliases,
+            "manifest": manifest.model_dump(mode="json"),
+        }
         typer.echo(json.dumps(told, indent=2, ensure_ascii=False))
 
     plainly(work)
@@ -172,7 +176,8 @@ def history(name: Annotated[str, typer.Argument(help="the assistant's name")], a
         with _sessions()() as session:
             for change in alias_history(session, name, alias):
                 when = datetime.fromtimestamp(change.created_at, UTC).isoformat(timespec="seconds")
-                typer.echo(f"{when}\t{'rollback' if change.rollback else 'promote'}\t{_written(name, change.version)}")
+                kind = "rollback" if change.rollback else "promote"
+                typer.echo(f"{when}\t{kind}\t{registry.written(name, change.version)}")
 
     plainly(work)
 
@@ -260,7 +265,3 @@ def _resolve(reference: str) -> tuple[str, str]:
 def _pointing(session: Session, name: str, version: str) -> list[str]:
     """The aliases that point to a version."""
     return [alias for alias, found in sorted(aliases_of(session, name).items()) if found == version]
-
-
-def _written(name: str, version: str) -> str:
-    return f"{name}@{version.removeprefix('sha256:')}"

@@ -1,6 +1,5 @@
 """From a finished run to an assistant the services load: its files, and the manifest that names them by digest."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ from basalt.assistants import (
     seal,
     sha256,
 )
+from basalt.catalog import reference
 from basalt.data.preprocess import TEMPLATES
 from basalt.model.projector import Projector
 from basalt.train.checkpoints import learned
 from basalt.train.digests import rows_digest, tower_digest, weights_digest
 from basalt.train.progress import read_log
 from basalt.train.recipe import Recipe
-from basalt.train.start import read_start
+from basalt.train.start import Start, read_start
 
 MEASURED = ("step", "loss", "held_out_loss")  # of a run's log
 VERSION = "version"  # file in a run's directory: NAME@HEX of what was last published from it
@@ -62,11 +62,9 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
     projector = Projector(recipe.tower.width, recipe.projector_hidden, base_lm.lm_dim)
     projector.take(state["projector"], str(run))
     folded = projector.folded(state["standardizer"]["mean"], state["standardizer"]["std"])
-    adapter = None if recipe.lora is None else load_file(run / "lora" / ADAPTER)
     start = read_start(recipe, base_lm.lm_dim) if recipe.keep_start else None
-    if start is not None and start.adapter is not None and adapter is not None:
+    if start is not None:
         folded.load_state_dict(_mean(folded.state_dict(), start.projector.state_dict(), recipe.keep_start))
-        adapter = _mean(adapter, load_file(start.adapter / ADAPTER), recipe.keep_start)
 
     with replacing(models / name) as directory:
         folded.to(torch.float16).save(str(directory / "projector.safetensors"))
@@ -80,7 +78,7 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
                 hidden=recipe.projector_hidden,
             ),
             base_lm=base_lm,
-            lora=None if adapter is None else _adapter(adapter, run, directory / "lora"),
+            lora=_adapter(run, directory / "lora", recipe, start),
             chat_template="chat_template.jinja",
             lineage={
                 "run": _record(run),
@@ -92,7 +90,7 @@ def publish(run: Path, name: str, models: Path, lineage: dict[str, Any]) -> Assi
         )
         seal(directory, manifest)
     assistant = load_assistant(models / name)
-    (run / VERSION).write_text(f"{name}@{assistant.version.removeprefix('sha256:')}\n")
+    (run / VERSION).write_text(f"{reference(assistant)}\n")
     return assistant
 
 
@@ -105,13 +103,17 @@ def _mean(learned: dict[str, Tensor], start: dict[str, Tensor], share: float) ->
     return {name: torch.lerp(value.float(), start[name].float(), share) for name, value in learned.items()}
 
 
-def _adapter(weights: dict[str, Tensor], run: Path, directory: Path) -> LoRASpec:
-    """The run's LoRA with these weights, in bf16."""
+def _adapter(run: Path, directory: Path, recipe: Recipe, start: Start | None) -> LoRASpec | None:
+    """The run's LoRA in bf16, its mean with the one of `start` where there is that; None where none was trained."""
+    if recipe.lora is None:
+        return None
     directory.mkdir()
     shutil.copy(run / "lora" / ADAPTER_CONFIG, directory)
+    weights = load_file(run / "lora" / ADAPTER)
+    if start is not None and start.adapter is not None:
+        weights = _mean(weights, load_file(start.adapter / ADAPTER), recipe.keep_start)
     save_file({key: value.to(torch.bfloat16) for key, value in weights.items()}, directory / ADAPTER)
-    rank = json.loads((directory / ADAPTER_CONFIG).read_text())["r"]
-    return LoRASpec(dir=directory.name, digest=sha256((directory / ADAPTER).read_bytes()), rank=rank)
+    return LoRASpec(dir=directory.name, digest=sha256((directory / ADAPTER).read_bytes()), rank=recipe.lora.rank)
 
 
 def _record(run: Path) -> dict[str, Any] | None:

@@ -63,22 +63,22 @@ class Assistants:
             raise await self._unknown(model)
         pointers = await self._current(name)
         if not at and body is not None and pointers.canary and _slice_of(body) < pointers.share * SLICES:
-            return _written(name, pointers.canary)
+            return registry.written(name, pointers.canary)
         wanted = wanted if at else registry.PRODUCTION
         if wanted in pointers.aliases:
-            return _written(name, pointers.aliases[wanted])
+            return registry.written(name, pointers.aliases[wanted])
         if at and re.fullmatch(r"[0-9a-f]{64}", wanted):
             return model
         local = await self._vision.version(name)
         if local and (not at or (len(wanted) >= registry.SHORTEST and local.startswith(f"sha256:{wanted}"))):
-            return _written(name, local)
+            return registry.written(name, local)
         try:
             found = await registry.resolve(self._store, name, wanted if at else None, pointers.aliases)
         except registry.UnknownVersion as error:
             raise await self._unknown(model, str(error)) from None
         except StoreUnavailable as error:
             raise unavailable("object store") from error
-        return _written(name, found)
+        return registry.written(name, found)
 
     async def names(self) -> list[str]:
         """The assistants there are: those of the vision service's own directory, and the registry's.
@@ -130,7 +130,3 @@ def _slice_of(body: Mapping[str, Any]) -> int:
     first = next((i for i, message in enumerate(messages) if message.get("role") == "user"), 0)
     key = body.get("user") or messages[: first + 1]
     return zlib.crc32(json.dumps(key, ensure_ascii=False).encode()) % SLICES
-
-
-def _written(name: str, version: str) -> str:
-    return f"{name}@{version.removeprefix('sha256:')}"

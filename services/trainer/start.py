@@ -42,7 +42,7 @@ def find_version(wanted: str, session: Session, store: ObjectStore, models: Path
         raise bad_request(str(error), "start") from error
     except StoreUnavailable as error:
         raise unavailable("object store") from error
-    return f"{name}@{found.removeprefix('sha256:')}", manifest
+    return registry.written(name, found), manifest
 
 
 def bring_version(reference: str, models: Path, versions: Path, store: ObjectStore) -> Assistant:
@@ -77,7 +77,7 @@ def settle_name(published: str, session: Session, store: ObjectStore, models: Pa
     if local is None and registry.PRODUCTION not in aliases:
         with suppress(AliasError):  # somebody else was first
             set_alias(session, name, registry.PRODUCTION, meant, expected=None)
-    return f"{name}@{meant.removeprefix('sha256:')}"
+    return registry.written(name, meant)
 
 
 def _resolve(
