@@ -327,12 +327,15 @@ class Attempt:
     # After
 
     def _publish(self, prepared: Plan) -> Outcome:
+        self._settle(prepared.name)  # before there is another: what was put there by hand has no alias
         model = asyncio.run(publish(self.store, self.directory / PUBLISHED / prepared.name))
         tokens = results.trained_tokens(self.directory, prepared)
         result = {"model": model, "files": self._result_files(), "trained_tokens": tokens}
+        return "succeeded", {"result": result}, f"Published {model}; {_meaning(model, self._settle(prepared.name))}"
+
+    def _settle(self, name: str) -> str | None:
         with self.sessions.begin() as session:
-            meant = settle_name(model, session, self.store, self.settings.models_dir)
-        return "succeeded", {"result": result}, f"Published {model}; {_meaning(model, meant)}"
+            return settle_name(name, session, self.store, self.settings.models_dir)
 
     def _result_files(self) -> list[str]:
         """The job's log and its figures, as files for download."""

@@ -58,16 +58,16 @@ def bring_version(reference: str, models: Path, versions: Path, store: ObjectSto
         raise bad_request(str(error), "start") from error
 
 
-def settle_name(published: str, session: Session, store: ObjectStore, models: Path) -> str | None:
-    """What the bare name of a version just published means, as NAME@HEX; None where it means none of several.
+def settle_name(name: str, session: Session, store: ObjectStore, models: Path) -> str | None:
+    """What a bare name means now, as NAME@HEX; None where it means nothing, or none of several versions.
 
-    The first version of a name becomes its `production`: the next one then changes nothing for those who ask for the
-    name, until it is promoted.
+    A name that means a version of the registry without an alias saying so, as its only one does, has it as its
+    `production` from now on: the next version then changes nothing for those who ask for the name, until it is
+    promoted.
 
     Raises:
         StoreUnavailable: the object store is.
     """
-    name = published.partition("@")[0]
     aliases = aliases_of(session, name)
     try:
         local = load_assistants(models).get(name)
