@@ -87,12 +87,21 @@ def make_scenes_command(
     seed: Annotated[int, typer.Option()] = 1,
     test: Annotated[bool, typer.Option("--test", help="draw the test's layouts and words")] = False,
 ) -> None:
-    """Draws scenes of emoji, shapes, words and charts, with questions, as LLaVA JSON."""
+    """Draws scenes of emoji, shapes, words and charts, with questions, as LLaVA JSON.
+
+    scenes.json has all, KIND.json those of a kind; short.json and choice.json ask the same for a word or a letter.
+    """
+    from basalt.data.response_formats import write_formats
     from basalt.data.scenes import make_scenes
 
     files = [font for path in fonts for font in (sorted(path.rglob("*.[to]tf")) if path.is_dir() else [path])]
-    split = "test" if test else "train"
-    plainly(lambda: typer.echo(make_scenes(out, emoji=emoji, fonts=files, count=count, seed=seed, split=split)))
+
+    def make() -> None:
+        rows = make_scenes(out, emoji=emoji, fonts=files, count=count, seed=seed, split="test" if test else "train")
+        write_formats(out)
+        typer.echo(rows)
+
+    plainly(make)
 
 
 @data.command("make-benchmarks")
@@ -119,6 +128,27 @@ def make_chat(
     out.mkdir(parents=True, exist_ok=True)
     plainly(lambda: answer_prompts(base_lm, prompts[:held_out], out / "chat-dev.json"))
     plainly(lambda: answer_prompts(base_lm, prompts[held_out:], out / "chat-train.json"))
+
+
+@data.command("make-captions")
+def make_captions(
+    rows: Annotated[Path, typer.Option(help="records with `image` and `captions`, the references", exists=True)],
+    images: Annotated[Path, typer.Option(help="the folder or tar of their images", exists=True)],
+    out: Annotated[Path, typer.Option(help="the folder for captions.jsonl and images.tar")],
+    model: Annotated[Path, typer.Option(help="the assistant that captions")] = Path("models/basalt-tiny"),
+    base_lm: Annotated[Path, typer.Option()] = Path("var/base/smollm2-135m-instruct"),
+    candidates: Annotated[int, typer.Option(min=1, help="of each photo; 1 is the greedy one alone")] = 4,
+    count: Annotated[int | None, typer.Option(min=1, help="photos, drawn from all")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Lets an assistant caption photos itself, and keeps what agrees with their references."""
+    from basalt.data.own_captions import caption_photos
+
+    def make() -> None:
+        kept = caption_photos(model, base_lm, rows, images, out, candidates=candidates, count=count, seed=seed)
+        typer.echo(f"{out / 'captions.jsonl'}: {kept} photos")
+
+    plainly(make)
 
 
 @evaluate.command("score")

@@ -52,7 +52,7 @@ def test_paths_are_expanded_from_the_environment(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: "-".join(path.parts[-2:]))
 def test_the_recipes_of_the_project_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DATA", "SCENES", "CHAT"):
+    for name in ("DATA", "SCENES", "CHAT", "CAPTIONS"):
         monkeypatch.setenv(f"BASALT_{name}", "/data")
     recipe = load_recipe(path)
     assert (recipe.lora is not None) == (recipe.start is not None) == ("stage2" in path.name)
