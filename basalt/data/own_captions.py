@@ -111,7 +111,7 @@ def _view(photo: Image.Image, rng: random.Random) -> Image.Image:
 
 def _add(archive: tarfile.TarFile, name: str, image: Image.Image) -> None:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=92)
+    image.save(buffer, "JPEG", quality=92)
     entry = tarfile.TarInfo(name)
     entry.size = buffer.tell()
     buffer.seek(0)
