@@ -15,7 +15,8 @@ from typing import Any
 from PIL import Image
 
 from basalt.data.emoji import CATEGORY, indefinite
-from basalt.data.readers import PLACEHOLDER, read_records
+from basalt.data.readers import read_records
+from basalt.data.response_formats import question_of
 from basalt.data.scenes import COLOURS, NUMBERS, PLACES, SHAPES
 
 PEOPLE = 10  # answers to a question of TextVQA
@@ -98,7 +99,7 @@ def _write_scienceqa(scenes: Path, rows: Sequence[dict[str, Any]], out: Path, rn
         rng.shuffle(choices)
         pid = str(len(problems) + 1)
         problems[pid] = {
-            "question": _question(row), "choices": choices, "answer": choices.index(gold), "hint": "",
+            "question": question_of(row), "choices": choices, "answer": choices.index(gold), "hint": "",
             "image": "image.png", "task": "closed choice", "grade": "drawn scenes", "subject": kind, "topic": kind,
             "category": kind, "skill": kind, "lecture": "", "solution": "", "split": "test",
         }  # fmt: skip
@@ -115,17 +116,13 @@ def _write_textvqa(scenes: Path, rows: Sequence[dict[str, Any]], out: Path) -> N
     reading = [row for row in rows if row["kind"] == "read"]
     data = [
         {
-            "question_id": number, "image_id": Path(row["image"]).stem, "question": _question(row),
+            "question_id": number, "image_id": Path(row["image"]).stem, "question": question_of(row),
             "answers": [row["gold"]] * PEOPLE, "image_classes": [], "set_name": "val",
         }
         for number, row in enumerate(reading, 1)
     ]  # fmt: skip
     _write(out / "TextVQA_0.5.1_val.json", json.dumps({"dataset_type": "val", "data": data}))
     _copy(scenes, [row["image"] for row in reading], out / "images")
-
-
-def _question(row: dict[str, Any]) -> str:
-    return row["conversations"][0]["value"].replace(PLACEHOLDER, "").strip()
 
 
 def _write(path: Path, text: str) -> None:

@@ -51,7 +51,7 @@ def in_a_word(row: SceneRow) -> SceneRow:
     answer = row["gold"]
     if row["kind"] == "read":
         answer = row["conversations"][1]["value"].split('"')[1]
-    return _asked(row, "short", f"{_question(row)}\n{SINGLE_WORD}", answer)
+    return _asked(row, "short", f"{question_of(row)}\n{SINGLE_WORD}", answer)
 
 
 def by_letter(row: SceneRow, pool: Sequence[str], rng: random.Random) -> SceneRow:
@@ -61,7 +61,7 @@ def by_letter(row: SceneRow, pool: Sequence[str], rng: random.Random) -> SceneRo
     rng.shuffle(options)
     form = rng.choice(LISTED)
     listed = "\n".join(form.format(letter, option) for letter, option in zip(LETTERS, options, strict=False))
-    return _asked(row, "choice", f"{_question(row)}\n{listed}\n{LETTER}", LETTERS[options.index(row["gold"])])
+    return _asked(row, "choice", f"{question_of(row)}\n{listed}\n{LETTER}", LETTERS[options.index(row["gold"])])
 
 
 def _pool(row: SceneRow, pools: dict[str, list[str]]) -> str:
@@ -71,7 +71,8 @@ def _pool(row: SceneRow, pools: dict[str, list[str]]) -> str:
     return next((kind for kind in ("count", "colour") if row["gold"] in pools.get(kind, ())), "chart")
 
 
-def _question(row: SceneRow) -> str:
+def question_of(row: SceneRow) -> str:
+    """What a scene's row asks, without the image's place."""
     return row["conversations"][0]["value"].removeprefix(f"{PLACEHOLDER}\n")
 
 
