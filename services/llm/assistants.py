@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import HTTPException
 from prometheus_client import Counter
 from vllm.entrypoints.launchers.api_server import app_state
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
@@ -23,7 +24,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from basalt.assistants import Assistant, AssistantError
 from basalt.catalog import Catalog, UnknownAssistant
 from basalt.object_store import StoreUnavailable
-from services.llm import tools
+from services.llm import structured_outputs, tools
 from services.llm.fit import BaseLM, Misfit, check_fit, check_weights
 
 FOUND = Counter("basalt_llm_assistants_found", "Assistants looked for when first asked for, by outcome.", ["outcome"])
@@ -158,4 +159,9 @@ class AssistantRenderer(OnlineRenderer):
         if self._reads_hermes and not tools.writes_tools(template or ""):
             messages, tool_dicts = tools.as_text(messages, tool_dicts), None
         options |= {"tool_dicts": tool_dicts, "parser": parser}
-        return await super().preprocess_chat(request, messages, template, *arguments, **options)
+        if not isinstance(request, ChatCompletionRequest):  # to be tokenised only
+            return await super().preprocess_chat(request, messages, template, *arguments, **options)
+        structured_outputs.check_schema(request)
+        prompt = await super().preprocess_chat(request, messages, template, *arguments, **options)
+        structured_outputs.bound_whitespace(request)
+        return prompt

@@ -18,6 +18,13 @@ from services.llm.fit import ARCHITECTURES, LORA_MODULES, LORA_RANKS, BaseLM, Mi
 from services.llm.settings import Settings
 
 HTTP_CLOSE_SECONDS = 5  # after the drain
+STRUCTURED_OUTPUTS = {
+    # Left to choose, vLLM keeps the backend of the first schema that it meets: it would then silently ignore parts of
+    # some, or refuse all tools.
+    "backend": "xgrammar",
+    # Where white space of any length may stand, small LMs write nothing else: half of basalt-tiny's JSON had no end.
+    "disable_any_whitespace": True,
+}
 # Never the embedding layer: vLLM would wrap it, and image positions have no token to look up there.
 
 
@@ -102,6 +109,7 @@ def vllm_arguments(settings: Settings, base_lm: BaseLM, assistants: list[Assista
         # No pixels at all; embeddings are not counted by this limit.
         "limit-mm-per-prompt": json.dumps({"image": 0}),
         "mm-processor-cache-gb": "0",
+        "structured-outputs-config": json.dumps(STRUCTURED_OUTPUTS),
         "tool-call-parser": settings.tool_parser,
         "shutdown-timeout": str(settings.drain_seconds),
         "uvicorn-log-level": "warning",
