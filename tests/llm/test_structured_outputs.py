@@ -24,7 +24,7 @@ def wanted(schema: dict[str, Any]) -> dict[str, Any]:
 def longing_for_whitespace(service: Service) -> dict[str, float]:
     """A bias towards every token that is white space, so strong that the LM writes nothing else where it may."""
     tokenizer = service.tokenizer()
-    return {str(token): 100.0 for token in range(len(tokenizer)) if tokenizer.decode([token]).isspace()}
+    return {str(token): 100.0 for token in range(len(tokenizer)) if str(tokenizer.decode([token])).isspace()}
 
 
 def test_white_space_has_an_end(service: Service) -> None:
