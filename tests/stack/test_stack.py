@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from basalt.assistants import load_assistant
 from basalt.model.assistant import LocalAssistant
+from services.ui.example import QUESTIONS as EXAMPLE_QUESTIONS
+from services.ui.example import example_image
 
 from .conftest import ROOT, Stack
 
@@ -84,6 +86,13 @@ def test_still_talks(stack: Stack) -> None:
 def test_sees_what_is_there(stack: Stack) -> None:
     assert "circle" in answer(stack, [question(picture(data_url(shape("red"))), "Describe the image.")]).lower()
     assert "word" in answer(stack, [question(picture(data_url(sign())), "Describe the image.")]).lower()
+
+
+def test_the_chat_page_s_example_is_answered_right(stack: Stack) -> None:
+    example = picture(data_url(example_image()))
+    for asked, words in zip(EXAMPLE_QUESTIONS, (["OPEN"], ["red"], ["red circle", "blue square"]), strict=True):
+        said = answer(stack, [question(example, asked)], max_tokens=40)
+        assert all(word in said for word in words), said
 
 
 def test_stream_equals_the_whole_answer(stack: Stack) -> None:
