@@ -154,14 +154,15 @@ class AssistantRenderer(OnlineRenderer):
         **options: Any,
     ) -> Any:
         CHATS.labels(self._served.label(request.model)).inc()
-        tools.pin_arguments(request)
+        is_chat = isinstance(request, ChatCompletionRequest)  # or only to be tokenised
+        if is_chat:
+            structured_outputs.check_schemas(request)
+            structured_outputs.pin_arguments(request)
         template = self._served.template(request.model) or default_template
         if self._reads_hermes and not tools.writes_tools(template or ""):
             messages, tool_dicts = tools.as_text(messages, tool_dicts), None
         options |= {"tool_dicts": tool_dicts, "parser": parser}
-        if not isinstance(request, ChatCompletionRequest):  # to be tokenised only
-            return await super().preprocess_chat(request, messages, template, *arguments, **options)
-        structured_outputs.check_schema(request)
         prompt = await super().preprocess_chat(request, messages, template, *arguments, **options)
-        structured_outputs.bound_whitespace(request)
+        if is_chat:
+            structured_outputs.bound_whitespace(request)
         return prompt

@@ -13,18 +13,32 @@ NOT_HELD = (
 )
 
 
-def check_schema(request: ChatCompletionRequest) -> None:
-    """
+def check_schemas(request: ChatCompletionRequest) -> None:
+    """Of the answer, and of the tools that are asked to be strict; other calls are held to what can be.
+
     Raises:
-        VLLMValidationError: (a 400 to the client) the answer's schema has keywords that the grammar would not hold.
+        VLLMValidationError: (a 400 to the client) one has keywords that the grammar would not hold.
     """
     wanted = request.extract_structured_outputs()
-    if wanted and isinstance(wanted.json, dict) and has_xgrammar_unsupported_json_features(wanted.json):
-        raise VLLMValidationError(
-            "the JSON schema has keywords that answers cannot be held to; leave them out and check the answer for them "
-            f"(these are: {NOT_HELD})",
-            parameter="response_format",
-        )
+    schemas = [("response_format", wanted.json if wanted else None)]
+    schemas += [("tools", tool.function.parameters) for tool in request.tools or () if tool.function.strict]
+    for parameter, schema in schemas:
+        if isinstance(schema, dict) and has_xgrammar_unsupported_json_features(schema):
+            raise VLLMValidationError(
+                "the JSON schema has keywords that answers cannot be held to; leave them out and check the answer for "
+                f"them (these are: {NOT_HELD})",
+                parameter=parameter,
+            )
+
+
+def pin_arguments(request: ChatCompletionRequest) -> None:
+    """Where a call must be made its arguments fit their schema, as if `strict` had been asked for; vLLM would take any
+    JSON there. Of a call that the model chooses to make, only where it was asked for: not every schema can be held."""
+    if request.tool_choice in (None, "none", "auto"):
+        return
+    for tool in request.tools or ():
+        if tool.function.strict is None:
+            tool.function.strict = True
 
 
 def bound_whitespace(request: ChatCompletionRequest) -> None:

@@ -25,16 +25,6 @@ def writes_tools(template: str) -> bool:
     return re.search(r"\btools\b", template) is not None
 
 
-def pin_arguments(request: Any) -> None:
-    """Where a call must be made its arguments fit their schema, as if `strict` had been asked for; vLLM would take any
-    JSON there. Of a call that the model chooses to make, only where it was asked for: not every schema can be held."""
-    if getattr(request, "tool_choice", None) in (None, "none", "auto"):
-        return
-    for tool in request.tools or ():
-        if tool.function.strict is None:
-            tool.function.strict = True
-
-
 def as_text(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
     """The same conversation without tools: what they are in the first system message, calls in the assistant's words,
     results in the user's."""

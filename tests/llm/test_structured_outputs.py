@@ -49,3 +49,17 @@ def test_what_cannot_be_held_is_refused_and_spoils_no_later_answer(service: Serv
     assert next(iter(price.keys() - {"type"})) in response.json()["error"]["message"]
     assert service.post(body | wanted(SHAPE)).status_code == 200
     assert service.post(body | {"tools": [WEATHER], "tool_choice": "required"}).status_code == 200
+
+
+def test_a_tool_is_held_to_all_of_its_schema_where_it_says_strict(service: Service) -> None:
+    integer = {"type": "integer", "multipleOf": 5, "minimum": 0, "maximum": 100}
+    price = {"type": "object", "properties": {"price": integer}, "required": ["price"], "additionalProperties": False}
+    body = {"model": "plain", "messages": ASKED, "temperature": 0, "max_tokens": 200, "tool_choice": "required"}
+    for strict in (True, None):
+        tool = {"type": "function", "function": {"name": "buy", "parameters": price, "strict": strict}}
+        response = service.post(body | {"tools": [tool]})
+        if strict:
+            assert response.status_code == 400 and "multipleOf" in response.json()["error"]["message"]
+        else:
+            call = response.json()["choices"][0]["message"]["tool_calls"][0]["function"]
+            assert isinstance(json.loads(call["arguments"])["price"], int)
