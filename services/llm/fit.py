@@ -10,6 +10,7 @@ from safetensors import safe_open
 from basalt.assistants import Assistant
 
 ARCHITECTURES = {"LlamaForCausalLM": "BasaltLlamaForCausalLM", "Qwen2ForCausalLM": "BasaltQwen2ForCausalLM"}
+# Never the embedding layer: vLLM would wrap it, and image positions have no token to look up there.
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 

@@ -25,7 +25,6 @@ STRUCTURED_OUTPUTS = {
     # Where white space of any length may stand, small LMs write nothing else: half of basalt-tiny's JSON had no end.
     "disable_any_whitespace": True,
 }
-# Never the embedding layer: vLLM would wrap it, and image positions have no token to look up there.
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import check_json_nesting
 from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
 
 NOT_HELD = (
@@ -17,12 +18,14 @@ def check_schemas(request: ChatCompletionRequest) -> None:
     """Of the answer, and of the tools that are asked to be strict; other calls are held to what can be.
 
     Raises:
-        VLLMValidationError: (a 400 to the client) one has keywords that the grammar would not hold.
+        VLLMValidationError: (a 400 to the client) one has keywords that the grammar would not hold, or is nested too
+            deeply to be looked through.
     """
     wanted = request.extract_structured_outputs()
     schemas = [("response_format", wanted.json if wanted else None)]
     schemas += [("tools", tool.function.parameters) for tool in request.tools or () if tool.function.strict]
     for parameter, schema in schemas:
+        check_json_nesting(schema)
         if isinstance(schema, dict) and has_xgrammar_unsupported_json_features(schema):
             raise VLLMValidationError(
                 "the JSON schema has keywords that answers cannot be held to; leave them out and check the answer for "

@@ -4,7 +4,10 @@ import json
 from typing import Any
 
 import pytest
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.exceptions import VLLMValidationError
 
+from services.llm.structured_outputs import check_schemas
 from tests.llm.conftest import Service
 from tests.llm.test_tools import WEATHER
 
@@ -63,3 +66,11 @@ def test_a_tool_is_held_to_all_of_its_schema_where_it_says_strict(service: Servi
         else:
             call = response.json()["choices"][0]["message"]["tool_calls"][0]["function"]
             assert isinstance(json.loads(call["arguments"])["price"], int)
+
+
+def test_a_schema_nested_too_deeply_is_refused_before_it_is_looked_through() -> None:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(2000):
+        schema = {"type": "object", "properties": {"inner": schema}}
+    with pytest.raises(VLLMValidationError, match="nested too deeply"):
+        check_schemas(ChatCompletionRequest(model="plain", messages=ASKED, **wanted(schema)))  # pyright: ignore[reportArgumentType]
