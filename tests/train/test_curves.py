@@ -52,10 +52,11 @@ def test_mlflow_shows_a_resumed_run_as_one(directory: Path, monkeypatch: pytest.
 
 
 def test_wandb_keeps_a_run(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("BASALT_CURVES", '["wandb"]')
     monkeypatch.setenv("WANDB_MODE", "offline")
     tell(directory, 0, 1, 2)
+    wandb.teardown()  # `finish` does not wait for its service to have written; the end of a process does
     (kept,) = (directory / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"row_length" in kept.read_bytes()
 
